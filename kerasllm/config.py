@@ -1,0 +1,158 @@
+"""Run configurations: one YAML file and `key=value` overrides, typed; an unknown key is an error."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Literal
+
+import jsonargparse
+import yaml
+
+from kerasllm.models import MODELS, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """The tokenizer to train.
+
+    Args:
+        kind: Bytes merged into frequent pieces, whole words, or characters.
+        vocabulary_size: Number of tokens; null: what the kind needs.
+    """
+
+    kind: Literal["byte_bpe", "word", "character"] = "byte_bpe"
+    vocabulary_size: int | None = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The texts to train on.
+
+    Args:
+        paths: Text files and folders; null: stories made by the library itself.
+        stories: Number of those stories.
+        validation_fraction: Part of the documents that is kept for validation.
+    """
+
+    paths: list[str] | None = None
+    stories: int = 10000
+    validation_fraction: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The training.
+
+    Args:
+        steps: Number of updates.
+        batch_size: Sequences per update.
+        sequence_length: Tokens per sequence.
+        learning_rate: The highest; a warm-up leads to it and half a cosine away from it.
+        warmup_steps: Updates until then; null: 10 % of the steps, at most 1,000.
+        weight_decay: Of matrices and embeddings.
+        beta_2: Decay of AdamW's second moment.
+        validate_every: Updates between two looks at the validation texts.
+        precision: Keras dtype policy.
+        jit_compile: Whether XLA compiles the step.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    sequence_length: int = 128
+    learning_rate: float = 1e-3
+    warmup_steps: int | None = None
+    weight_decay: float = 0.1
+    beta_2: float = 0.95
+    validate_every: int = 250
+    precision: Literal["float32", "mixed_bfloat16"] = "float32"
+    jit_compile: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run.
+
+    Args:
+        output: Folder for the model, the log and the plot.
+        family: A key of `kerasllm.models.MODELS`.
+        model: The family's configuration; its vocabulary is the tokenizer's.
+        tokenizer: The tokenizer.
+        data: The texts.
+        training: The training.
+        seed: Start of all random numbers.
+    """
+
+    output: str
+    family: str
+    model: ModelConfig
+    tokenizer: TokenizerSettings
+    data: DataSettings
+    training: TrainingSettings
+    seed: int = 0
+
+
+_SECTIONS = {"tokenizer": TokenizerSettings, "data": DataSettings, "training": TrainingSettings}
+
+
+def load_run_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run configuration.
+
+    Args:
+        path: A YAML file; None takes the defaults, and `output` from the overrides.
+        overrides: Settings that go before the file's, such as `training.steps=100`.
+
+    Returns:
+        The configuration, with a model whose vocabulary is still to be set.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If a key is unknown, a value of the wrong type or `output` missing.
+    """
+    arguments = [] if path is None else [f"--config={path}"]
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"A setting is written key=value. Received: {override!r}")
+        arguments.append(f"--{override}")
+    family = _family(path, overrides)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--output", type=str, required=True)
+    parser.add_argument("--family", type=str)
+    parser.add_argument("--seed", type=int, default=0)
+    # The tokenizer sets the vocabulary, and the model's size follows.
+    parser.add_class_arguments(MODELS[family].config_class, "model", skip={"vocabulary_size"})
+    for name, section in _SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    try:
+        settings = parser.parse_args(arguments)
+    except jsonargparse.ArgumentError as error:
+        source = "the settings" if path is None else str(path)
+        raise ValueError(f"A run configuration must be valid. Received in {source}: {error}") from error
+    return RunConfig(
+        output=settings.output,
+        family=family,
+        model=MODELS[family].config_class(**settings.model.as_dict()),
+        seed=settings.seed,
+        **{name: section(**settings[name].as_dict()) for name, section in _SECTIONS.items()},
+    )
+
+
+def _family(path: str | os.PathLike | None, overrides: Sequence[str]) -> str:
+    """Finds the model family first, for it decides which settings a model has."""
+    values = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"A run configuration must be YAML. Received: {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"A run configuration must be a mapping. Received: {path}")
+    family = values.get("family", "gpt2")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        family = value if key == "family" else family
+    if family not in MODELS:
+        raise ValueError(f"`family` must be one of {sorted(MODELS)}. Received: {family!r}")
+    return family

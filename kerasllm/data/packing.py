@@ -1,0 +1,316 @@
+"""Documents → one stream of tokens → windows that a causal language model trains and is scored on."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from kerasllm.tokenizers import Tokenizer
+
+_DOCUMENTS_PER_STEP = 256
+
+
+def language_model_dataset(
+    documents: Sequence[str] | tf.data.Dataset,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    batch_size: int,
+    *,
+    stride: int | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    repeat: bool = False,
+    drop_remainder: bool = False,
+    score_overlap: bool = True,
+) -> tf.data.Dataset:
+    """Packs documents end to end into batches for a causal language model.
+
+    The documents are tokenized once, in the graph, and their ids are kept in memory; each document
+    is followed by the tokenizer's end-of-text token if it has one. `windows_dataset` says how the
+    stream of tokens is cut into windows, shuffled and sharded.
+
+    Args:
+        documents: texts, or a finite `tf.data.Dataset` of scalar strings.
+        tokenizer: turns strings into ids.
+        sequence_length: tokens that the model sees at once.
+        batch_size: windows per batch.
+        stride: tokens from one window to the next, at most `sequence_length` (the default).
+        shuffle: whether documents and windows come in random order, a new one in each pass.
+        seed: chooses the random orders.
+        shard: (index, count) of the part to return; windows are dealt out in turn.
+        repeat: whether to go on without end.
+        drop_remainder: whether to leave out the last batch of a pass if it is short.
+        score_overlap: whether a token that was a label in the window before keeps its weight.
+
+    Returns:
+        A dataset of (token_ids int32 [batch, sequence_length], labels int32 [batch,
+        sequence_length], weights float32 [batch, sequence_length]).
+
+    Raises:
+        TypeError: `documents` is one string, or holds something else than strings.
+        ValueError: as in `windows_dataset`.
+    """
+    token_ids, document_lengths = tokenize_documents(documents, tokenizer)
+    return windows_dataset(
+        token_ids,
+        sequence_length,
+        batch_size,
+        document_lengths=document_lengths,
+        stride=stride,
+        shuffle=shuffle,
+        seed=seed,
+        shard=shard,
+        repeat=repeat,
+        drop_remainder=drop_remainder,
+        score_overlap=score_overlap,
+    )
+
+
+def tokenize_documents(
+    documents: Sequence[str] | tf.data.Dataset, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenizes documents, each followed by the end-of-text token if the tokenizer has one.
+
+    Args:
+        documents: texts, or a finite `tf.data.Dataset` of scalar strings.
+        tokenizer: turns strings into ids.
+
+    Returns:
+        (token_ids int32 [tokens], all documents end to end; lengths int64 [documents], their
+        numbers of tokens).
+
+    Raises:
+        TypeError: `documents` is one string, or holds something else than strings.
+        ValueError: there are no documents.
+    """
+    if not isinstance(documents, tf.data.Dataset):
+        documents = _texts_dataset(documents)
+
+    @tf.autograph.experimental.do_not_convert
+    def tokenize(texts: tf.Tensor) -> tf.RaggedTensor:
+        ids = tokenizer.tokenize(texts)
+        if tokenizer.eos_id is None:
+            return ids
+        ends = tf.fill([tf.size(texts), 1], tf.constant(tokenizer.eos_id, ids.dtype))
+        return tf.concat([ids, ends], axis=1)
+
+    batches = documents.batch(_DOCUMENTS_PER_STEP).map(tokenize, num_parallel_calls=tf.data.AUTOTUNE)
+    token_ids, lengths = [], []
+    for ids in batches:
+        token_ids.append(ids.values.numpy())
+        lengths.append(ids.row_lengths().numpy())
+    if not lengths:
+        raise ValueError("`documents` must hold at least one document. Received: none")
+    return np.concatenate(token_ids).astype(np.int32), np.concatenate(lengths).astype(np.int64)
+
+
+def windows_dataset(
+    token_ids: np.ndarray,
+    sequence_length: int,
+    batch_size: int,
+    *,
+    document_lengths: np.ndarray | None = None,
+    stride: int | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    repeat: bool = False,
+    drop_remainder: bool = False,
+    score_overlap: bool = True,
+) -> tf.data.Dataset:
+    """Cuts a stream of tokens into windows and batches them.
+
+    Window k sees the tokens [k * stride, k * stride + sequence_length) and its labels are the
+    tokens one further. With the default stride every token except the first of the stream is a
+    label exactly once. The last window is filled up with zeros whose weight is 0; all other weights
+    are 1.
+
+    Shuffling puts first the documents and then the windows of their stream into a random order,
+    another one in each pass: in each round of `repeat`, and otherwise each time the dataset is
+    iterated, as every epoch of `model.fit` does. The orders follow from `seed` alone with `repeat`;
+    without it also from `tf.random.set_seed`, as usual in TensorFlow.
+
+    Sharding is by window: shard (i, n) gets every n-th window of the pass, beginning with the i-th.
+    The n shards of one pass are disjoint and together are all windows, if all workers have the same
+    tokens and arguments; their sizes differ by one window at most.
+
+    Args:
+        token_ids: int [tokens], the documents end to end.
+        sequence_length: tokens that the model sees at once.
+        batch_size: windows per batch.
+        document_lengths: int [documents], numbers of tokens, which add up to the whole; needed
+            only to shuffle documents. By default the stream is one document.
+        stride: tokens from one window to the next, at most `sequence_length`, which it is by
+            default. A smaller one repeats tokens with more context before them.
+        shuffle: whether documents and windows come in random order.
+        seed: chooses the random orders.
+        shard: (index, count) of the part to return.
+        repeat: whether to go on without end. Batches then run over the end of a pass, and none is
+            short.
+        drop_remainder: whether to leave out the last batch of a pass if it is short; nothing else
+            is left out.
+        score_overlap: whether a token that was a label in the window before keeps its weight.
+            False gives it weight 0, so that each token is scored once, with all the context there
+            is: strided perplexity.
+
+    Returns:
+        A dataset of (token_ids int32 [batch, sequence_length], labels int32 [batch,
+        sequence_length], weights float32 [batch, sequence_length]). The batch size is static with
+        `repeat` or `drop_remainder`.
+
+    Raises:
+        ValueError: an argument is out of range, or there are too few tokens: fewer than two, no
+            full window with `repeat` or `drop_remainder`, no window for the shard, or no full batch
+            with `drop_remainder`.
+    """
+    token_ids, document_lengths = _check_tokens(token_ids, document_lengths)
+    stride = sequence_length if stride is None else stride
+    _check_arguments(sequence_length, batch_size, stride, shard)
+    window_count = _count_windows(token_ids.size, sequence_length, stride)
+    shard_index, shard_count = shard
+    shard_size = len(range(shard_index, window_count, shard_count))
+    _check_enough_tokens(token_ids.size, sequence_length, batch_size, shard_size, repeat, drop_remainder)
+
+    with tf.device("CPU:0"):  # tf.data runs there; tensors that it captures should lie there.
+        documents = tf.RaggedTensor.from_row_lengths(tf.constant(token_ids), document_lengths)
+        offsets = tf.range(sequence_length + 1, dtype=tf.int64)
+        padding = tf.zeros([sequence_length + 1], tf.int32)
+
+    @tf.autograph.experimental.do_not_convert
+    def make_windows(pass_number: tf.Tensor) -> tf.data.Dataset:
+        """All windows of one pass over the documents, by `batch_size` at once."""
+        order = tf.range(window_count, dtype=tf.int64)
+        stream = documents.values
+        if shuffle:
+            pass_seed = tf.stack([tf.constant(seed, tf.int64), pass_number])
+            document_seed, window_seed = tf.unstack(tf.random.split(pass_seed, alg="philox"))
+            document_order = _shuffle(tf.range(documents.nrows()), document_seed)
+            stream = tf.gather(documents, document_order).values
+            order = _shuffle(order, window_seed)
+        # One padded copy of the stream per pass makes a window a plain gather.
+        stream = tf.concat([stream, padding], axis=0)
+
+        @tf.autograph.experimental.do_not_convert
+        def cut(windows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            positions = windows[:, tf.newaxis] * stride + offsets
+            tokens = tf.gather(stream, positions)
+            is_scored = positions[:, 1:] < token_ids.size
+            if not score_overlap:
+                is_new = (offsets[1:] > sequence_length - stride) | (windows == 0)[:, tf.newaxis]
+                is_scored &= is_new
+            return tokens[:, :-1], tokens[:, 1:], tf.cast(is_scored, tf.float32)
+
+        windows = tf.data.Dataset.from_tensor_slices(order[shard_index::shard_count])
+        return windows.batch(batch_size).map(cut, num_parallel_calls=tf.data.AUTOTUNE)
+
+    if repeat:
+        passes = tf.data.Dataset.counter()
+    else:
+        passes = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
+    dataset = passes.flat_map(make_windows)
+    if repeat or drop_remainder:
+        dataset = dataset.rebatch(batch_size, drop_remainder=True)
+    if repeat:
+        batch_count = tf.data.INFINITE_CARDINALITY
+    else:
+        batch_count = shard_size // batch_size if drop_remainder else -(-shard_size // batch_size)
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(batch_count))
+    if shard_count > 1:
+        # A strategy must not shard again what is a shard already.
+        options = tf.data.Options()
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+        dataset = dataset.with_options(options)
+    return dataset.prefetch(tf.data.AUTOTUNE)
+
+
+def _texts_dataset(documents: Sequence[str]) -> tf.data.Dataset:
+    if isinstance(documents, (str, bytes)):
+        raise TypeError("`documents` must be a list of strings. Received: one string")
+    for document in documents:
+        if not isinstance(document, str):
+            raise TypeError(f"`documents` must hold strings. Received: {type(document).__name__}")
+    with tf.device("CPU:0"):
+        return tf.data.Dataset.from_tensor_slices(tf.constant(documents, tf.string, [len(documents)]))
+
+
+def _shuffle(values: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    # Philox by name: "auto_select" may draw other numbers on another kind of machine.
+    keys = tf.random.stateless_uniform(
+        tf.shape(values), seed, minval=None, maxval=None, dtype=tf.int64, alg="philox"
+    )
+    return tf.gather(values, tf.argsort(keys, stable=True))
+
+
+def _count_windows(token_count: int, sequence_length: int, stride: int) -> int:
+    labels_after_first_window = max(token_count - 1 - sequence_length, 0)
+    return 1 + math.ceil(labels_after_first_window / stride)
+
+
+def _check_tokens(
+    token_ids: np.ndarray, document_lengths: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    token_ids = np.asarray(token_ids)
+    if token_ids.ndim != 1 or not np.issubdtype(token_ids.dtype, np.integer):
+        raise ValueError(
+            "`token_ids` must be a 1-D array of integers. "
+            f"Received: shape={token_ids.shape}, dtype={token_ids.dtype}"
+        )
+    if token_ids.size < 2:
+        raise ValueError(
+            f"there must be at least two tokens, one to see and one to predict. Received: {token_ids.size}"
+        )
+    if document_lengths is None:
+        document_lengths = [token_ids.size]
+    document_lengths = np.asarray(document_lengths, np.int64)
+    if (document_lengths < 0).any() or document_lengths.sum() != token_ids.size:
+        raise ValueError(
+            "`document_lengths` must not be negative and must add up to the number of tokens. "
+            f"Received: a sum of {document_lengths.sum()}, {token_ids.size} tokens"
+        )
+    return token_ids.astype(np.int32), document_lengths
+
+
+def _check_arguments(sequence_length: int, batch_size: int, stride: int, shard: tuple[int, int]) -> None:
+    if sequence_length < 1:
+        raise ValueError(
+            f"`sequence_length` must be at least 1. Received: sequence_length={sequence_length}"
+        )
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1. Received: batch_size={batch_size}")
+    if not 1 <= stride <= sequence_length:
+        raise ValueError(
+            "`stride` must be from 1 to `sequence_length`, for a longer one skips tokens. "
+            f"Received: stride={stride}, sequence_length={sequence_length}"
+        )
+    shard_index, shard_count = shard
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(
+            f"`shard` must be (index, count) with 0 <= index < count. Received: shard={tuple(shard)}"
+        )
+
+
+def _check_enough_tokens(
+    token_count: int,
+    sequence_length: int,
+    batch_size: int,
+    shard_size: int,
+    repeat: bool,
+    drop_remainder: bool,
+) -> None:
+    if (repeat or drop_remainder) and token_count <= sequence_length:
+        raise ValueError(
+            "there must be more tokens than `sequence_length` with `repeat` or `drop_remainder`. "
+            f"Received: {token_count} tokens, sequence_length={sequence_length}"
+        )
+    if shard_size == 0:
+        raise ValueError(
+            "every shard must get a window. Received: too few windows for this one, from "
+            f"{token_count} tokens, sequence_length={sequence_length}"
+        )
+    if drop_remainder and not repeat and shard_size < batch_size:
+        raise ValueError(
+            "there must be a full batch with `drop_remainder`. "
+            f"Received: {shard_size} windows of {token_count} tokens, batch_size={batch_size}"
+        )

@@ -1,0 +1,5 @@
+"""What a model is measured against."""
+
+from kerasllm.evaluation.ngram import ngram_log_probabilities, ngram_perplexity
+
+__all__ = ["ngram_log_probabilities", "ngram_perplexity"]

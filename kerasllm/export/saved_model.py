@@ -1,0 +1,109 @@
+"""The SavedModel that reads text and writes text: the one place where its signatures are defined."""
+
+import os
+import pathlib
+
+import tensorflow as tf
+
+from kerasllm.files import new_folder, write_json
+from kerasllm.generation import GenerationConfig, TextGenerator
+from kerasllm.models import LanguageModel
+from kerasllm.tokenizers import Tokenizer
+from kerasllm.version import __version__
+
+
+class CausalLMSignatures(tf.Module):
+    """The functions of an exported causal language model.
+
+    Args:
+        model: The model.
+        tokenizer: The tokenizer.
+        config: Defaults of the generation.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, config: GenerationConfig):
+        super().__init__()
+        # TensorFlow saves what a module holds. Keras keeps its variables where tf.Module does not look.
+        self.model_variables = [variable.value for variable in model.variables]
+        self.tokenizer = tokenizer
+        generator = TextGenerator(model, tokenizer, config)
+
+        def batch_of(dtype, name):
+            return tf.TensorSpec([None], dtype, name=name)
+
+        prompt = batch_of(tf.string, "prompt")
+
+        @tf.function(input_signature=[prompt], autograph=False)
+        def serve(prompt):
+            return {"text": generator.generate_text(prompt)["text"]}
+
+        @tf.function(
+            input_signature=[
+                prompt,
+                batch_of(tf.int32, "max_new_tokens"),
+                batch_of(tf.float32, "temperature"),
+                batch_of(tf.int32, "top_k"),
+                batch_of(tf.float32, "top_p"),
+                batch_of(tf.int32, "seed"),
+            ],
+            autograph=False,
+        )
+        def generate(prompt, max_new_tokens, temperature, top_k, top_p, seed):
+            return generator.generate_text(prompt, max_new_tokens, temperature, top_k, top_p, seed)
+
+        self.functions = {"serving_default": serve, "generate": generate}
+
+
+def export_saved_model(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    path: str | os.PathLike,
+    config: GenerationConfig | None = None,
+) -> pathlib.Path:
+    """Writes a SavedModel that turns prompts into continuations, tokenizer and generation inside.
+
+    Signatures, all of them batched: `serving_default` (`prompt` → `text`), with the defaults of `config`;
+    `generate` (`prompt`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed` → `text`, `token_ids`,
+    `num_tokens`). The graph holds TensorFlow's core ops only, so a stock TensorFlow Serving runs it.
+    `assets.extra/` holds the tokenizer, the generation defaults and a manifest.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        path: The folder to make; for TensorFlow Serving a version number below the model's folder, such
+            as `served/my_model/1`.
+        config: Defaults of the generation.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If `path` exists.
+        ValueError: If the tokenizer has more tokens than the model.
+    """
+    config = config or GenerationConfig()
+    check_vocabularies(model, tokenizer)
+    module = CausalLMSignatures(model, tokenizer, config)
+    with new_folder(path) as folder:
+        tf.saved_model.save(module, str(folder), signatures=module.functions)
+        extra = folder / "assets.extra"
+        tokenizer.save(extra)
+        manifest = {
+            "kerasllm_version": __version__,
+            "tensorflow_version": tf.__version__,
+            "model_class": type(model).__name__,
+            "model_config": model.config.to_dict(),
+            "signatures": sorted(module.functions),
+        }
+        write_json(extra / "generation_config.json", config.to_huggingface(tokenizer.eos_id))
+        write_json(extra / "kerasllm_manifest.json", manifest)
+    return pathlib.Path(path)
+
+
+def check_vocabularies(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Raises a ValueError if the tokenizer makes ids that the model does not have."""
+    if tokenizer.vocabulary_size > model.config.vocabulary_size:
+        raise ValueError(
+            "The model's vocabulary must hold every id of the tokenizer. Received: a tokenizer of "
+            f"{tokenizer.vocabulary_size} tokens, a model of {model.config.vocabulary_size}"
+        )

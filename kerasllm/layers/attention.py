@@ -1,0 +1,442 @@
+"""Attention, from its simplest form up to the multi-head layer that the models use.
+
+The first three layers are a ladder for learners; each adds one idea to the one before and all of them,
+`MultiHeadAttention` included, end in the same `dot_product_attention`.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+from kerasllm.layers.position import RotaryEmbedding
+
+# Added to a score that must not count. Large enough that its exponential is exactly 0 in float32, and
+# small enough that two of them may meet without an overflow.
+MASKED = -1e9
+
+
+def dot_product_attention(query, keys, values, bias=None, dropout=None):
+    """Weights the values by the softmax of the query-key products.
+
+    Vaswani et al.: "Attention Is All You Need" (2017), section 3.2.1. The caller scales the query.
+
+    Args:
+        query: Floats `[..., queries, head_dim]`, already multiplied by `1 / sqrt(head_dim)`.
+        keys: Floats `[..., keys, head_dim]`.
+        values: Floats `[..., head_dim, keys]`, transposed, as the cache holds them.
+        bias: Float32, broadcastable to `[..., queries, keys]`, added to the scores; `MASKED` hides a
+            key. None hides nothing.
+        dropout: Function applied to the attention weights, or None.
+
+    Returns:
+        Floats `[..., queries, head_dim]` and the weights `[..., queries, keys]` before dropout.
+    """
+    scores = ops.cast(ops.matmul(query, ops.swapaxes(keys, -1, -2)), "float32")
+    if bias is not None:
+        scores = scores + bias
+    weights = ops.cast(ops.softmax(scores, axis=-1), query.dtype)
+    dropped = weights if dropout is None else dropout(weights)
+    return ops.matmul(dropped, ops.swapaxes(values, -1, -2)), weights
+
+
+def causal_bias(query_index, key_length):
+    """Bias that hides the keys after each query.
+
+    Args:
+        query_index: Integers `[..., queries]`, each query's place in the sequence.
+        key_length: Number of keys.
+
+    Returns:
+        Float32 `[..., queries, key_length]`: 0 where a key may be seen, `MASKED` elsewhere.
+    """
+    query_index = ops.expand_dims(ops.cast(query_index, "int32"), -1)
+    visible = ops.arange(key_length, dtype="int32") <= query_index
+    return ops.where(visible, 0.0, MASKED)
+
+
+def mask_bias(mask):
+    """Turns an attention mask into a bias `[batch, 1 or heads, 1 or queries, keys]` in float32.
+
+    Args:
+        mask: `[batch, keys]`, `[batch, queries, keys]` or `[batch, 1 or heads, queries, keys]`.
+            Integers or booleans: zero hides a key. Floats: added to the scores, minus infinity as
+            `MASKED`, so that a query without any key gives no NaN.
+
+    Returns:
+        The bias.
+
+    Raises:
+        ValueError: If the rank is none of these.
+    """
+    rank = len(mask.shape)
+    if rank == 2:
+        mask = mask[:, None, None, :]
+    elif rank == 3:
+        mask = mask[:, None]
+    elif rank != 4:
+        raise ValueError(
+            "`attention_mask` must be [batch, keys], [batch, queries, keys] or "
+            f"[batch, heads, queries, keys]. Received: shape={tuple(mask.shape)}"
+        )
+    if keras.backend.is_float_dtype(keras.backend.standardize_dtype(mask.dtype)):
+        return ops.maximum(ops.cast(mask, "float32"), MASKED)
+    return ops.where(ops.not_equal(ops.cast(mask, "int32"), 0), 0.0, MASKED)
+
+
+def _write(cache, new, index, axis):
+    """Writes `new` into `cache` from column `index` of `axis` on."""
+    new = ops.cast(new, cache.dtype)
+    if isinstance(index, int):  # known when the graph is made: plain slices, which run everywhere
+        end, room = index + ops.shape(new)[axis], cache.shape[axis]
+        if index < 0 or (isinstance(end, int) and room is not None and end > room):
+            raise ValueError(
+                "Tokens must be written inside the cache. "
+                f"Received: cache_index={index}, {new.shape[axis]} tokens, cache length={room}"
+            )
+        before, after = [slice(None)] * 4, [slice(None)] * 4
+        before[axis] = slice(None, index)
+        after[axis] = slice(end, None)
+        return ops.concatenate([cache[tuple(before)], new, cache[tuple(after)]], axis=axis)
+    if len(index.shape) == 0:
+        start = [0, 0, 0, 0]
+        start[axis] = index
+        updated = ops.slice_update(cache, ops.stack([ops.cast(s, "int32") for s in start]), new)
+        # The update loses the static shape, which a converter to fixed-shape runtimes needs.
+        return ops.reshape(updated, ops.shape(cache))
+    if new.shape[axis] != 1:
+        raise ValueError(
+            "A `cache_index` per row writes one token per row. "
+            f"Received: {new.shape[axis]} tokens; pass one index for all rows instead"
+        )
+    column_shape = [1, 1, 1, 1]
+    column_shape[axis] = -1
+    columns = ops.reshape(ops.arange(cache.shape[axis] or ops.shape(cache)[axis]), column_shape)
+    return ops.where(columns == ops.reshape(index, (-1, 1, 1, 1)), new, cache)
+
+
+@keras.saving.register_keras_serializable(package="kerasllm")
+class SimplifiedSelfAttention(keras.layers.Layer):
+    """First rung: every token looks at every token by the plain products of their vectors.
+
+    There are no weights: queries, keys and values are the inputs themselves.
+    """
+
+    def call(self, x):
+        """Mixes the vectors of a sequence.
+
+        Args:
+            x: Floats `[..., length, dim]`.
+
+        Returns:
+            Floats `[..., length, dim]`.
+        """
+        return dot_product_attention(x, x, ops.swapaxes(x, -1, -2))[0]
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(package="kerasllm")
+class SelfAttention(keras.layers.Layer):
+    """Second rung: trained matrices make queries, keys and values, and the products are scaled.
+
+    Args:
+        head_dim: Width of queries, keys, values and the result.
+        use_bias: Whether the three matrices have biases.
+    """
+
+    def __init__(self, head_dim: int, use_bias: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        if head_dim < 1:
+            raise ValueError(f"`head_dim` must be at least 1. Received: head_dim={head_dim}")
+        self.head_dim = head_dim
+        self.use_bias = use_bias
+        self.query, self.key, self.value = (
+            keras.layers.Dense(head_dim, use_bias=use_bias, name=name, dtype=self.dtype_policy)
+            for name in ("query", "key", "value")
+        )
+
+    def build(self, input_shape):
+        for layer in (self.query, self.key, self.value):
+            layer.build(input_shape)
+
+    def _bias(self, x):
+        return None
+
+    def call(self, x):
+        """Mixes the vectors of a sequence.
+
+        Args:
+            x: Floats `[..., length, dim]`.
+
+        Returns:
+            Floats `[..., length, head_dim]`.
+        """
+        query = self.query(x) * (1.0 / math.sqrt(self.head_dim))
+        values = ops.swapaxes(self.value(x), -1, -2)
+        return dot_product_attention(query, self.key(x), values, self._bias(x))[0]
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.head_dim)
+
+
+@keras.saving.register_keras_serializable(package="kerasllm")
+class CausalSelfAttention(SelfAttention):
+    """Third rung: self-attention in which no token sees a later one.
+
+    Args:
+        head_dim: Width of queries, keys, values and the result.
+        use_bias: Whether the three matrices have biases.
+    """
+
+    def _bias(self, x):
+        length = ops.shape(x)[-2]
+        return causal_bias(ops.arange(length), length)
+
+
+@keras.saving.register_keras_serializable(package="kerasllm")
+class MultiHeadAttention(keras.layers.Layer):
+    """Several attentions side by side: self or cross, causal or not, with or without a cache.
+
+    With `num_kv_heads < num_heads`, consecutive query heads share a key-value head (grouped-query
+    attention; 1 is multi-query). Vaswani et al. (2017); Shazeer: "Fast Transformer Decoding" (2019);
+    Ainslie et al.: "GQA" (2023).
+
+    Args:
+        dim: Width of the output.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key-value heads, a divisor of `num_heads`. None: `num_heads`.
+        head_dim: Width of a head. None: `dim / num_heads`.
+        causal: Whether a query sees only keys up to its own place. Self-attention only.
+        rotary_wavelength: `max_wavelength` of a rotary embedding on queries and keys; None: no rotary
+            embedding. Self-attention only.
+        use_bias: Whether queries, keys and values have biases.
+        output_bias: Whether the output matrix has a bias. None: as `use_bias`.
+        dropout: Fraction of the attention weights and of the outputs set to zero while training.
+        initializer_range: Standard deviation of the normal initialisation.
+        output_initializer_range: The same for the output matrix; None takes `initializer_range`.
+
+    Raises:
+        ValueError: If the heads do not divide as above.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = False,
+        rotary_wavelength: float | None = None,
+        use_bias: bool = True,
+        output_bias: bool | None = None,
+        dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        output_initializer_range: float | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, value in (("dim", dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                "`num_kv_heads` must divide `num_heads`. "
+                f"Received: num_kv_heads={num_kv_heads}, num_heads={num_heads}"
+            )
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(
+                    "`num_heads` must divide `dim`, or `head_dim` must be given. "
+                    f"Received: num_heads={num_heads}, dim={dim}"
+                )
+            head_dim = dim // num_heads
+        if head_dim < 1:
+            raise ValueError(f"`head_dim` must be at least 1. Received: head_dim={head_dim}")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.causal = causal
+        self.rotary_wavelength = rotary_wavelength
+        self.use_bias = use_bias
+        self.output_bias = use_bias if output_bias is None else output_bias
+        self.dropout = dropout
+        self.initializer_range = initializer_range
+        self.output_initializer_range = output_initializer_range or initializer_range
+
+        def dense(name, units, use_bias, initializer_range):
+            return keras.layers.Dense(
+                units,
+                use_bias=use_bias,
+                kernel_initializer=keras.initializers.RandomNormal(stddev=initializer_range),
+                name=name,
+                dtype=self.dtype_policy,
+            )
+
+        self.query = dense("query", num_heads * head_dim, use_bias, initializer_range)
+        self.key = dense("key", num_kv_heads * head_dim, use_bias, initializer_range)
+        self.value = dense("value", num_kv_heads * head_dim, use_bias, initializer_range)
+        self.output_dense = dense("output", dim, self.output_bias, self.output_initializer_range)
+        self.rotary = None
+        if rotary_wavelength is not None:
+            self.rotary = RotaryEmbedding(head_dim, rotary_wavelength, dtype=self.dtype_policy)
+        self.weight_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+        self.output_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+
+    def build(self, x_shape, memory_shape=None):
+        self.query.build(x_shape)
+        for layer in (self.key, self.value):
+            layer.build(memory_shape or x_shape)
+        self.output_dense.build((None, None, self.num_heads * self.head_dim))
+
+    def _heads(self, x, num_heads):
+        batch, length, _ = ops.shape(x)
+        return ops.reshape(x, (batch, length, num_heads, self.head_dim))
+
+    def _keys_and_values(self, x, positions=None):
+        """Projects `x` to keys `[batch, kv_heads, length, head_dim]` and transposed values."""
+        keys = self._heads(self.key(x), self.num_kv_heads)
+        if self.rotary is not None:
+            keys = self.rotary(keys, positions)
+        values = self._heads(self.value(x), self.num_kv_heads)
+        return ops.transpose(keys, (0, 2, 1, 3)), ops.transpose(values, (0, 2, 3, 1))
+
+    def make_cache(self, batch_size: int, length: int):
+        """Makes an empty key-value cache.
+
+        Args:
+            batch_size: Number of rows.
+            length: Number of tokens it can hold.
+
+        Returns:
+            Zeros: keys `[batch, kv_heads, length, head_dim]` and transposed values
+            `[batch, kv_heads, head_dim, length]`, in the compute dtype.
+        """
+        heads, width, dtype = self.num_kv_heads, self.head_dim, self.compute_dtype
+        return (
+            ops.zeros((batch_size, heads, length, width), dtype),
+            ops.zeros((batch_size, heads, width, length), dtype),
+        )
+
+    def memory_cache(self, memory):
+        """Projects an encoder's output once, for use as the read-only cache of cross-attention.
+
+        Args:
+            memory: Floats `[batch, memory_length, memory_dim]`.
+
+        Returns:
+            Keys and transposed values, as `make_cache` lays them out.
+        """
+        self._require_cross()
+        return self._keys_and_values(memory)
+
+    def _require_cross(self):
+        if self.causal or self.rotary is not None:
+            raise ValueError(
+                "Cross-attention has no order between queries and memory: `causal` must be False and "
+                f"`rotary_wavelength` None. Received: causal={self.causal}, "
+                f"rotary_wavelength={self.rotary_wavelength}"
+            )
+
+    def call(
+        self,
+        x,
+        memory=None,
+        attention_mask=None,
+        positions=None,
+        cache=None,
+        cache_index=None,
+        training: bool = False,
+    ):
+        """Attends.
+
+        Args:
+            x: Floats `[batch, length, width]`: where the queries come from.
+            memory: Floats `[batch, memory_length, memory_width]`: where keys and values come from.
+                None: from `x` (self-attention).
+            attention_mask: Which keys count, see `mask_bias`; combined with the causal rule.
+            positions: Integers `[length]` or `[batch, length]` for the rotary embedding. None: the
+                places of the tokens, from `cache_index` on.
+            cache: Keys and values as `make_cache` or `memory_cache` gave them. With `cache_index` the
+                keys and values of `x` are written into it first; without, it is only read, which is
+                cross-attention over memory projected before.
+            cache_index: The column of the first token of `x`, which is also that token's place in the
+                causal rule: a Python int, an integer tensor `[]`, or integers `[batch]` where `x`
+                holds one token a row. It must lie inside the cache, which only an int lets us check.
+            training: Whether dropout is on.
+
+        Returns:
+            Floats `[batch, length, dim]`; with `cache_index` also the updated cache.
+        """
+        if memory is not None and cache is not None:
+            raise ValueError(
+                "`memory` and `cache` exclude each other; project the memory once with "
+                "`memory_cache` and pass that. Received both"
+            )
+        if cache_index is not None and cache is None:
+            raise ValueError("`cache_index` needs a `cache` to index. Received: cache=None")
+        batch, length, _ = ops.shape(x)
+
+        offsets = ops.arange(length, dtype="int32")
+        if cache_index is not None:
+            if not isinstance(cache_index, int):
+                cache_index = ops.cast(cache_index, "int32")
+            offsets = ops.expand_dims(cache_index, -1) + offsets
+        positions = offsets if positions is None else positions
+
+        query = self._heads(self.query(x), self.num_heads)
+        if memory is not None:
+            self._require_cross()
+            keys, values = self._keys_and_values(memory)
+        elif cache is not None and cache_index is None:
+            self._require_cross()
+            keys, values = cache
+        else:
+            keys, values = self._keys_and_values(x, positions)
+            if cache is not None:
+                keys = _write(cache[0], keys, cache_index, axis=2)
+                values = _write(cache[1], values, cache_index, axis=3)
+        if self.rotary is not None:
+            query = self.rotary(query, positions)
+
+        # b batch, k key-value heads, g query heads per key-value head, q queries, h head width.
+        # The g heads of a group are consecutive, and stacking them along the queries lets one product
+        # serve the group without a copy of the keys.
+        group = self.num_heads // self.num_kv_heads
+        query = query * (1.0 / math.sqrt(self.head_dim))
+        query = ops.reshape(query, (batch, length, self.num_kv_heads, group, self.head_dim))
+        query = ops.transpose(query, (0, 2, 3, 1, 4))  # b k g q h
+        stacked = (batch, self.num_kv_heads, group * length, self.head_dim)
+        query = ops.reshape(query, stacked)
+
+        key_length = ops.shape(keys)[2]
+        bias = self._bias(offsets, length, key_length, attention_mask, batch, group)
+        mixed, _ = dot_product_attention(
+            query, keys, values, bias, lambda w: self.weight_dropout(w, training=training)
+        )
+        mixed = ops.reshape(mixed, (batch, self.num_heads, length, self.head_dim))
+        mixed = ops.transpose(mixed, (0, 2, 1, 3))
+        mixed = ops.reshape(mixed, (batch, length, self.num_heads * self.head_dim))
+        output = self.output_dropout(self.output_dense(mixed), training=training)
+        return output if cache_index is None else (output, (keys, values))
+
+    def _bias(self, query_index, length, key_length, attention_mask, batch, group):
+        """The sum of the causal rule and the mask, laid out as the stacked scores are."""
+        bias = None
+        if self.causal:
+            bias = causal_bias(query_index, key_length)  # [q, keys] or [b, q, keys]
+            bias = ops.reshape(bias, (-1, 1, length, key_length))
+        if attention_mask is not None:
+            mask = mask_bias(attention_mask)
+            bias = mask if bias is None else bias + mask
+        if bias is None or group == 1:
+            return bias
+        rows, heads, queries, _ = ops.shape(bias)
+        if heads == 1:  # the same for all heads of a group: repeat it along the stacked queries
+            bias = ops.broadcast_to(ops.expand_dims(bias, 2), (rows, 1, group, length, key_length))
+            return ops.reshape(bias, (rows, 1, group * length, key_length))
+        bias = ops.broadcast_to(bias, (rows, heads, length, key_length))
+        return ops.reshape(bias, (rows, self.num_kv_heads, group * length, key_length))

@@ -1,0 +1,90 @@
+"""Layer normalisation and root-mean-square normalisation, computed in float32."""
+
+import keras
+from keras import ops
+
+
+class _Norm(keras.layers.Layer):
+    """What both norms share: the epsilon, the gain, and float32 arithmetic in any precision."""
+
+    def __init__(self, epsilon: float = 1e-5, **kwargs):
+        super().__init__(**kwargs)
+        if not epsilon > 0:
+            raise ValueError(f"`epsilon` must be positive. Received: epsilon={epsilon}")
+        self.epsilon = epsilon
+
+    def build(self, input_shape):
+        self.scale = self._vector("scale", input_shape[-1], "ones")
+
+    def _vector(self, name, size, initializer):
+        # Gains and biases stay in the variable dtype: half precision would lose them.
+        return self.add_weight(name=name, shape=(size,), initializer=initializer, autocast=False)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(package="kerasllm")
+class LayerNorm(_Norm):
+    """Normalises each vector to mean 0 and variance 1, then scales and shifts it.
+
+    Ba, Kiros, Hinton: "Layer Normalization" (2016).
+
+    Args:
+        epsilon: Added to the variance.
+        use_bias: Whether a learned shift follows the scale.
+    """
+
+    def __init__(self, epsilon: float = 1e-5, use_bias: bool = True, **kwargs):
+        super().__init__(epsilon=epsilon, **kwargs)
+        self.use_bias = use_bias
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self.use_bias:
+            self.bias = self._vector("bias", input_shape[-1], "zeros")
+
+    def call(self, x):
+        """Normalises the last axis.
+
+        Args:
+            x: Floats `[..., dim]`.
+
+        Returns:
+            Floats of the same shape and dtype.
+        """
+        wide = ops.cast(x, "float32")
+        centred = wide - ops.mean(wide, axis=-1, keepdims=True)
+        variance = ops.mean(ops.square(centred), axis=-1, keepdims=True)
+        # Gain times reciprocal root first: a converter that sees `normalised * gain` last would fold
+        # the gain into the next matrix, and a tied output head would no longer be tied.
+        y = centred * (ops.rsqrt(variance + self.epsilon) * ops.cast(self.scale, "float32"))
+        if self.use_bias:
+            y = y + ops.cast(self.bias, "float32")
+        return ops.cast(y, self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable(package="kerasllm")
+class RMSNorm(_Norm):
+    """Divides each vector by its root mean square, then scales it.
+
+    Zhang, Sennrich: "Root Mean Square Layer Normalization" (2019).
+
+    Args:
+        epsilon: Added to the mean square.
+    """
+
+    def call(self, x):
+        """Normalises the last axis.
+
+        Args:
+            x: Floats `[..., dim]`.
+
+        Returns:
+            Floats of the same shape and dtype.
+        """
+        wide = ops.cast(x, "float32")
+        mean_square = ops.mean(ops.square(wide), axis=-1, keepdims=True)
+        # The order of the products is that of LayerNorm, for the same reason.
+        y = wide * (ops.rsqrt(mean_square + self.epsilon) * ops.cast(self.scale, "float32"))
+        return ops.cast(y, self.compute_dtype)

@@ -1,0 +1,340 @@
+"""A model that continues text: fit, evaluate, generate, save, export."""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from kerasllm.checkpoints import load_folder, save_folder
+from kerasllm.data import language_model_dataset
+from kerasllm.export import export_litert, export_saved_model
+from kerasllm.generation import GenerationConfig, TextGenerator
+from kerasllm.models import LanguageModel
+from kerasllm.tokenizers import Tokenizer
+from kerasllm.training import TokenWeightedTraining
+
+
+@keras.saving.register_keras_serializable(package="kerasllm")
+class CausalLM(TokenWeightedTraining, keras.Model):
+    """A language model with its tokenizer.
+
+    Args:
+        model: The network, such as `kerasllm.models.GPT2`.
+        tokenizer: The tokenizer; without one, only token ids go in and logits come out.
+        generation_config: How to continue a prompt when the caller does not say.
+
+    Example:
+
+    ```python
+    model = kerasllm.CausalLM(GPT2(GPT2Config(vocabulary_size=2048, num_layers=4)), tokenizer)
+    model.compile()
+    model.fit(["Once upon a time …", "The whale …"], epochs=3)
+    model.generate("Once", max_new_tokens=20)
+    model.export("served/my_model/1")
+    ```
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if tokenizer is not None and tokenizer.vocabulary_size > model.config.vocabulary_size:
+            raise ValueError(
+                "The model's vocabulary must hold every id of the tokenizer. Received: a tokenizer of "
+                f"{tokenizer.vocabulary_size} tokens, a model of {model.config.vocabulary_size}"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.generation_config = generation_config or GenerationConfig()
+        self._generate_function = None
+        self.built = True
+
+    def call(self, token_ids, training: bool = False):
+        """Predicts the token after each token.
+
+        Args:
+            token_ids: Integers `[batch, length]`.
+            training: Whether dropout is on.
+
+        Returns:
+            Float logits `[batch, length, vocabulary_size]`.
+        """
+        return self.model(token_ids, training=training)
+
+    # Training
+
+    def fit(self, x=None, y=None, batch_size: int | None = None, **kwargs):
+        """Trains on texts or on prepared batches; otherwise `keras.Model.fit`.
+
+        Args:
+            x: A list of texts (documents), a `tf.data.Dataset` of strings, or a `tf.data.Dataset` of
+                `(token_ids, labels, weights)` batches as `kerasllm.data` makes them. Texts are packed
+                end to end and shuffled.
+            y: Must be None: the labels are the tokens that follow.
+            batch_size: Sequences per step, for texts (default 32).
+            **kwargs: For texts, `sequence_length` (default: the model's context) and `shuffle` (default:
+                True); `validation_data` takes the same as `x`; the rest as in Keras.
+
+        Returns:
+            Keras's `History`.
+        """
+        sequence_length = kwargs.pop("sequence_length", None)
+        if not self.compiled:
+            self.compile()
+        validation = kwargs.pop("validation_data", None)
+        if validation is not None:
+            kwargs["validation_data"] = self._batches(validation, None, batch_size, sequence_length)
+        shuffle = kwargs.pop("shuffle", None)
+        x = self._batches(x, y, batch_size, sequence_length, shuffle, default_shuffle=True)
+        return super().fit(x, shuffle=False, **kwargs)
+
+    def evaluate(self, x=None, y=None, batch_size: int | None = None, **kwargs):
+        """Measures the loss per token and the perplexity; otherwise `keras.Model.evaluate`.
+
+        Args:
+            x: As in `fit`.
+            y: Must be None.
+            batch_size: Sequences per step, for texts (default 32).
+            **kwargs: `sequence_length` for texts; the rest as in Keras.
+
+        Returns:
+            `{"loss": nats per token, "perplexity": its exponential}`, with `return_dict=False` a list.
+        """
+        sequence_length = kwargs.pop("sequence_length", None)
+        if not self.compiled:
+            self.compile()
+        kwargs.setdefault("return_dict", True)
+        # Keras calls this from fit with batches and asks for what fit needs.
+        return super().evaluate(self._batches(x, y, batch_size, sequence_length), **kwargs)
+
+    def _batches(self, x, y, batch_size, sequence_length, shuffle=None, default_shuffle=False):
+        """Turns texts into batches; leaves batches as they are."""
+        if y is not None:
+            raise ValueError("The labels are the tokens that follow; leave `y` out.")
+        is_dataset = isinstance(x, tf.data.Dataset)
+        holds_texts = (
+            getattr(x.element_spec, "dtype", None) == tf.string
+            if is_dataset
+            else isinstance(x, (list, tuple)) and all(isinstance(text, str) for text in x)
+        )
+        if holds_texts:
+            return language_model_dataset(
+                x,
+                self._require_tokenizer(),
+                sequence_length or self.model.config.context_length,
+                batch_size or 32,
+                shuffle=default_shuffle if shuffle is None else shuffle,
+            )
+        if not is_dataset:
+            raise TypeError(
+                "`x` must be a list of texts, a tf.data.Dataset of texts, or one of (token_ids, labels, "
+                f"weights) batches. Received: {type(x).__name__}"
+            )
+        if (batch_size, sequence_length, shuffle) != (None, None, None):
+            raise ValueError(
+                "`batch_size`, `sequence_length` and `shuffle` are for texts; a dataset of batches has "
+                f"its own. Received: batch_size={batch_size}, sequence_length={sequence_length}, "
+                f"shuffle={shuffle}"
+            )
+        return x
+
+    # Generation
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("This needs a tokenizer, and the model has none: CausalLM(model, tokenizer).")
+        return self.tokenizer
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> str | list[str]:
+        """Continues one prompt or several.
+
+        Settings that are None come from `generation_config`; see there what they mean.
+
+        Args:
+            prompts: A text or several. They may differ in length; each result is what the prompt
+                alone would give.
+            max_new_tokens: Most tokens to generate. None: the config's number, or less where the
+                context ends before.
+            temperature: 0: the most likely token each time; above 0: drawn.
+            top_k: Draw among so many tokens only; 0: among all.
+            top_p: Draw among the fewest tokens whose probabilities reach this sum.
+            seed: Start of the random numbers, the same for each prompt.
+
+        Returns:
+            The continuation without the prompt and without special tokens: a string for a string, a
+            list for several.
+
+        Raises:
+            ValueError: If a prompt is empty or does not fit into the context, or a setting is out of
+                range.
+        """
+        single = isinstance(prompts, str)
+        outputs = self.generate_tokens(
+            [prompts] if single else prompts, max_new_tokens, temperature, top_k, top_p, seed
+        )
+        texts = [text.decode("utf-8") for text in outputs["text"].numpy()]
+        return texts[0] if single else texts
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> dict[str, tf.Tensor]:
+        """As `generate`, but returns what the exported `generate` signature returns.
+
+        Returns:
+            `text`: strings `[batch]`; `token_ids`: int32 `[batch, longest]`, filled up with -1;
+            `num_tokens`: int32 `[batch]`.
+        """
+        prompts = list(prompts)
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"`prompts` must be one text or a list of texts. Received: {prompts!r}")
+        tokenizer = self._require_tokenizer()
+        if self._generate_function is None:
+            generator = TextGenerator(self.model, tokenizer, self.generation_config)
+            self._generate_function = tf.function(
+                generator.generate_text, autograph=False, reduce_retracing=True
+            )
+        settings = {
+            "max_new_tokens": (max_new_tokens, tf.int32),
+            "temperature": (temperature, tf.float32),
+            "top_k": (top_k, tf.int32),
+            "top_p": (top_p, tf.float32),
+            "seed": (seed, tf.int32),
+        }
+        tensors = {
+            name: tf.fill([len(prompts)], tf.constant(value, dtype))
+            for name, (value, dtype) in settings.items()
+            if value is not None
+        }
+        try:
+            return self._generate_function(tf.constant(prompts), **tensors)
+        except tf.errors.InvalidArgumentError as error:
+            # A rule of the graph was broken; the rest of the message is TensorFlow's own.
+            rule = re.search(r"assertion failed: \[(.*)\]$", error.message, re.MULTILINE)
+            if rule is None:
+                raise
+            raise ValueError(rule[1]) from None
+
+    # Saving and loading
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "model": keras.saving.serialize_keras_object(self.model),
+            "generation_config": dataclasses.asdict(self.generation_config),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "CausalLM":
+        config = dict(config)
+        config["model"] = keras.saving.deserialize_keras_object(config["model"])
+        config["generation_config"] = GenerationConfig(**config["generation_config"])
+        return cls(**config)
+
+    def save_assets(self, folder: str) -> None:
+        """Puts the tokenizer into a `.keras` file; Keras calls it."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+
+    def load_assets(self, folder: str) -> None:
+        """Takes the tokenizer from a `.keras` file; Keras calls it."""
+        if pathlib.Path(folder, "tokenizer.json").is_file():
+            self.tokenizer = Tokenizer.from_folder(folder)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "CausalLM":
+        """Loads what `save` or `save_pretrained` wrote.
+
+        Args:
+            path: A `.keras` file, or a folder with config.json.
+
+        Returns:
+            The model; from a `.keras` file with the optimizer's state.
+
+        Raises:
+            FileNotFoundError: If there is nothing.
+            ValueError: If the file is damaged or holds something else.
+        """
+        path = pathlib.Path(path)
+        if path.is_dir():
+            return cls.from_pretrained(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no model at: {path}")
+        try:
+            model = keras.models.load_model(path)
+        except (OSError, KeyError) as error:
+            raise ValueError(f"Not a .keras file, or a damaged one: {path} ({error})") from error
+        if not isinstance(model, cls):
+            raise ValueError(f"The file must hold a {cls.__name__}. Received: {type(model).__name__}")
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike) -> pathlib.Path:
+        """Writes the model in Hugging Face's layout, which transformers loads.
+
+        Args:
+            folder: Where to write config.json, model.safetensors, tokenizer.json and
+                generation_config.json.
+
+        Returns:
+            The folder.
+        """
+        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
+        generation = self.generation_config.to_huggingface(eos_id)
+        return save_folder(folder, self.model, self.tokenizer, generation)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, dtype: str | None = None) -> "CausalLM":
+        """Loads a folder in Hugging Face's layout.
+
+        Args:
+            folder: A folder with config.json and model.safetensors.
+            dtype: Keras dtype policy. None: Keras's default.
+
+        Returns:
+            The model.
+
+        Raises:
+            FileNotFoundError, ValueError: As `kerasllm.checkpoints.load_folder`.
+        """
+        model, tokenizer, generation = load_folder(folder, dtype)
+        return cls(model, tokenizer, GenerationConfig.from_huggingface(generation))
+
+    def export(self, path: str | os.PathLike, **kwargs) -> pathlib.Path:
+        """Writes the model as a file that runs without kerasllm.
+
+        Args:
+            path: `….tflite` for LiteRT, otherwise the folder of a SavedModel; for TensorFlow Serving a
+                version number below the model's folder, such as `served/my_model/1`.
+            **kwargs: As in `kerasllm.export.export_litert`.
+
+        Returns:
+            The path.
+
+        Raises:
+            FileExistsError: If `path` exists.
+            ValueError: If the model has no tokenizer or an argument does not fit.
+        """
+        write = export_litert if str(path).endswith(".tflite") else export_saved_model
+        return write(self.model, self._require_tokenizer(), path, self.generation_config, **kwargs)

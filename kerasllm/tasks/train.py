@@ -1,0 +1,113 @@
+"""A run from its configuration: texts, tokenizer, model, training."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import keras
+
+from kerasllm.config import RunConfig
+from kerasllm.data import (
+    generate_stories,
+    read_documents,
+    split_documents,
+    tokenize_documents,
+    windows_dataset,
+)
+from kerasllm.evaluation import ngram_perplexity
+from kerasllm.models import MODELS
+from kerasllm.tasks.causal_lm import CausalLM
+from kerasllm.tokenizers import train_tokenizer
+from kerasllm.training import AdamW, TrainingProgress, cosine_schedule
+
+
+class TrainingResult(NamedTuple):
+    """What `train` returns.
+
+    Attributes:
+        model: The trained model.
+        progress: The losses, and a method that plots them.
+        perplexity: Of the validation texts.
+        baselines: Perplexities of a unigram and a bigram model on the same tokens.
+        validation: The validation texts.
+    """
+
+    model: CausalLM
+    progress: TrainingProgress
+    perplexity: float
+    baselines: dict[str, float]
+    validation: list[str]
+
+
+def train(run: RunConfig, log_path: str | None = None) -> TrainingResult:
+    """Trains a model.
+
+    Args:
+        run: The configuration; its `output` is the caller's affair.
+        log_path: File for the log, JSON lines; None: no file.
+
+    Returns:
+        The model and how it did.
+
+    Raises:
+        FileNotFoundError, ValueError: If the texts or settings do not serve.
+    """
+    keras.utils.set_random_seed(run.seed)
+    settings = run.training
+    if run.data.paths is None:
+        documents = generate_stories(run.data.stories, run.seed)
+    else:
+        documents = read_documents(run.data.paths)
+    training, validation = split_documents(documents, run.data.validation_fraction, run.seed)
+    tokenizer = train_tokenizer(run.tokenizer.kind, training, run.tokenizer.vocabulary_size)
+    model_config = dataclasses.replace(run.model, vocabulary_size=tokenizer.vocabulary_size)
+    if settings.sequence_length > model_config.context_length:
+        raise ValueError(
+            "`training.sequence_length` must be at most `model.context_length`. Received: "
+            f"{settings.sequence_length} and {model_config.context_length}"
+        )
+    validate_every = min(settings.validate_every, settings.steps)
+    if settings.steps % validate_every:
+        raise ValueError(
+            "`training.validate_every` must divide `training.steps`. Received: "
+            f"{settings.validate_every} and {settings.steps}"
+        )
+
+    train_ids, train_lengths = tokenize_documents(training, tokenizer)
+    validation_ids, _ = tokenize_documents(validation, tokenizer)
+    batches = windows_dataset(
+        train_ids,
+        settings.sequence_length,
+        settings.batch_size,
+        document_lengths=train_lengths,
+        shuffle=True,
+        seed=run.seed,
+        repeat=True,
+    )
+    validation_batches = windows_dataset(validation_ids, settings.sequence_length, settings.batch_size)
+
+    model = CausalLM(MODELS[run.family](model_config, dtype=settings.precision), tokenizer)
+    model.compile(
+        AdamW(
+            cosine_schedule(settings.learning_rate, settings.steps, settings.warmup_steps),
+            weight_decay=settings.weight_decay,
+            beta_2=settings.beta_2,
+        ),
+        jit_compile=settings.jit_compile,
+    )
+    progress = TrainingProgress(settings.steps, settings.batch_size * settings.sequence_length, log_path)
+    # Keras's epochs are the stretches between two validations.
+    model.fit(
+        batches,
+        epochs=settings.steps // validate_every,
+        steps_per_epoch=validate_every,
+        validation_data=validation_batches,
+        callbacks=[progress],
+        verbose=0,
+    )
+    perplexity = math.exp(progress.validation_losses[-1][1])
+    baselines = {
+        name: ngram_perplexity(train_ids, validation_ids, tokenizer.vocabulary_size, order)
+        for name, order in (("unigram", 1), ("bigram", 2))
+    }
+    return TrainingResult(model, progress, perplexity, baselines, validation)

@@ -1,0 +1,264 @@
+"""What the server answers, on the messages of tensorflow_serving.apis; both transports call it."""
+
+from collections.abc import Collection, Mapping
+
+import grpc
+import numpy as np
+from tensorflow.core.framework import tensor_pb2
+from tensorflow.core.protobuf import meta_graph_pb2
+from tensorflow_serving.apis import (
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    model_pb2,
+    predict_pb2,
+)
+
+from kerasllm_serving import tensor_proto
+from kerasllm_serving.errors import ServingError, invalid_argument, unimplemented
+from kerasllm_serving.model import Servable
+
+DEFAULT_SIGNATURE = "serving_default"
+SIGNATURE_DEF_FIELD = "signature_def"
+
+
+class ServerCore:
+    """Answers Predict, GetModelMetadata and GetModelStatus for one loaded model.
+
+    Args:
+        model_name: The name by which requests ask for the model.
+        servable: The loaded version.
+    """
+
+    def __init__(self, model_name: str, servable: Servable) -> None:
+        self.model_name = model_name
+        self.servable = servable
+
+    def predict(
+        self, request: predict_pb2.PredictRequest, timeout_in_ms: int = 0
+    ) -> predict_pb2.PredictResponse:
+        """Runs one signature.
+
+        Args:
+            request: The model, the signature, the inputs and, optionally, which outputs.
+            timeout_in_ms: Milliseconds after which the run is cancelled; 0 for no limit.
+
+        Returns:
+            The outputs, and the name, version and signature that made them.
+
+        Raises:
+            ServingError: With TensorFlow Serving's code and message.
+        """
+        servable = self._find_servable(request)
+        signature_name = request.model_spec.signature_name or DEFAULT_SIGNATURE
+        if signature_name not in servable.signatures:
+            raise ServingError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f'Serving signature key "{signature_name}" not found.',
+            )
+        signature = servable.signatures[signature_name]
+        feeds = _feeds(signature, request.inputs)
+        aliases = _output_aliases(signature, request.output_filter)
+        fetches = [_tensor_name(alias, signature.outputs[alias]) for alias in aliases]
+        arrays = servable.run(feeds, fetches, timeout_in_ms)
+
+        response = predict_pb2.PredictResponse()
+        response.model_spec.name = request.model_spec.name
+        response.model_spec.version.value = servable.version
+        response.model_spec.signature_name = signature_name
+        for alias, array in zip(aliases, arrays, strict=True):
+            try:
+                proto = tensor_proto.from_array(array, signature.outputs[alias].dtype)
+            except ValueError as error:
+                raise unimplemented(f"Output {alias} cannot be sent: {error}") from error
+            response.outputs[alias].CopyFrom(proto)
+        return response
+
+    def signature_inputs(
+        self, model_spec: model_pb2.ModelSpec
+    ) -> tuple[Mapping[str, meta_graph_pb2.TensorInfo], Collection[str]]:
+        """Tells the REST API which inputs a signature takes.
+
+        Args:
+            model_spec: The model, the version and the signature.
+
+        Returns:
+            The inputs by name, and the names of those that have a default value.
+
+        Raises:
+            ServingError: With TensorFlow Serving's code and message.
+        """
+        servable = self._find_version(model_spec)
+        signature_name = model_spec.signature_name or DEFAULT_SIGNATURE
+        if signature_name not in servable.signatures:
+            raise invalid_argument(f'Serving signature name: "{signature_name}" not found in signature def')
+        signature = servable.signatures[signature_name]
+        if not signature.inputs:
+            raise invalid_argument(
+                f"Failed to get input map for signature: {model_spec.signature_name or 'DEFAULT'}"
+            )
+        return signature.inputs, signature.defaults.keys()
+
+    def get_model_metadata(
+        self, request: get_model_metadata_pb2.GetModelMetadataRequest
+    ) -> get_model_metadata_pb2.GetModelMetadataResponse:
+        """Describes the signatures.
+
+        Args:
+            request: The model and the metadata fields, of which there is one: `signature_def`.
+
+        Returns:
+            The signatures, packed as TensorFlow Serving packs them, without default values.
+
+        Raises:
+            ServingError: With TensorFlow Serving's code and message.
+        """
+        _require_model_spec(request)
+        if not request.metadata_field:
+            raise invalid_argument("GetModelMetadataRequest must specify at least one metadata_field")
+        for field in request.metadata_field:
+            if field != SIGNATURE_DEF_FIELD:
+                raise invalid_argument(f"Metadata field {field} is not supported")
+        servable = self._find_version(request.model_spec)
+
+        signature_defs = get_model_metadata_pb2.SignatureDefMap()
+        for name, signature in servable.signatures.items():
+            signature_defs.signature_def[name].CopyFrom(signature)
+            signature_defs.signature_def[name].ClearField("defaults")
+        response = get_model_metadata_pb2.GetModelMetadataResponse()
+        response.model_spec.name = self.model_name
+        response.model_spec.version.value = servable.version
+        response.metadata[SIGNATURE_DEF_FIELD].Pack(signature_defs)
+        return response
+
+    def get_model_status(
+        self, request: get_model_status_pb2.GetModelStatusRequest
+    ) -> get_model_status_pb2.GetModelStatusResponse:
+        """Tells the state of the served version.
+
+        Args:
+            request: The model and, optionally, the version; a label is ignored.
+
+        Returns:
+            One status, AVAILABLE.
+
+        Raises:
+            ServingError: With TensorFlow Serving's code and message.
+        """
+        _require_model_spec(request)
+        spec = request.model_spec
+        name_is_known = spec.name == self.model_name
+        if spec.HasField("version"):
+            if not name_is_known or spec.version.value != self.servable.version:
+                raise ServingError(
+                    grpc.StatusCode.NOT_FOUND,
+                    f"Could not find version {spec.version.value} of model {spec.name}",
+                )
+        elif not name_is_known:
+            raise ServingError(
+                grpc.StatusCode.NOT_FOUND, f"Could not find any versions of model {spec.name}"
+            )
+        response = get_model_status_pb2.GetModelStatusResponse()
+        response.model_version_status.add(
+            version=self.servable.version,
+            state=get_model_status_pb2.ModelVersionStatus.AVAILABLE,
+            # An explicit OK: an unset status would be left out of the JSON.
+            status={"error_code": 0, "error_message": ""},
+        )
+        return response
+
+    def _find_servable(self, request: predict_pb2.PredictRequest) -> Servable:
+        _require_model_spec(request)
+        return self._find_version(request.model_spec)
+
+    def _find_version(self, spec: model_pb2.ModelSpec) -> Servable:
+        if not spec.name:
+            raise invalid_argument("ModelSpec has no name specified.")
+        if spec.HasField("version_label"):
+            raise invalid_argument(f"Unrecognized servable version label: {spec.version_label}")
+        asked = f"Latest({spec.name})"
+        version_is_known = True
+        if spec.HasField("version"):
+            asked = f"Specific({spec.name}, {spec.version.value})"
+            version_is_known = spec.version.value == self.servable.version
+        if spec.name != self.model_name or not version_is_known:
+            raise ServingError(grpc.StatusCode.NOT_FOUND, f"Servable not found for request: {asked}")
+        return self.servable
+
+
+def _require_model_spec(
+    request: predict_pb2.PredictRequest
+    | get_model_metadata_pb2.GetModelMetadataRequest
+    | get_model_status_pb2.GetModelStatusRequest,
+) -> None:
+    if not request.HasField("model_spec"):
+        raise invalid_argument("Missing ModelSpec")
+
+
+def _tensor_name(alias: str, info: meta_graph_pb2.TensorInfo) -> str:
+    """Returns the name of a dense tensor; an initialisation op or a sparse tensor has none."""
+    if not info.name or not info.dtype:
+        raise invalid_argument(f"Signature inputs and outputs must be dense tensors. Received: {alias}")
+    return info.name
+
+
+def _feeds(
+    signature: meta_graph_pb2.SignatureDef, inputs: Mapping[str, tensor_pb2.TensorProto]
+) -> dict[str, np.ndarray]:
+    """Checks the inputs of a request against the signature and decodes them, by tensor name."""
+    sent, known = set(inputs), set(signature.inputs)
+    if len(sent) > len(known) or (len(sent) < len(known) and not signature.defaults):
+        raise invalid_argument(
+            f"input size does not match signature: {len(sent)}!={len(known)} "
+            f"len({_names(sent)}) != len({_names(known)}). Sent extra: {_names(sent - known)}. "
+            f"Missing but required: {_names(known - sent)}."
+        )
+    missing = known - sent - set(signature.defaults)
+    if missing:
+        alias = min(missing)
+        raise invalid_argument(
+            f"Signature input alias: {alias}(feed name: {signature.inputs[alias].name}) not found "
+            "in request and no default value provided. Inputs expected to be in the request "
+            f"{_names(sent)}, or default input alias set: {','.join(sorted(signature.defaults))}"
+        )
+    if sent - known:
+        raise invalid_argument(
+            "Inputs contains invalid name. Used request inputs: "
+            f"{','.join(sorted(sent & known))}, request input: {','.join(sorted(sent))}"
+        )
+
+    protos = {alias: inputs[alias] if alias in sent else signature.defaults[alias] for alias in known}
+    # The runtime numbers the arguments of a run by the sorted names of the fed tensors.
+    ordered = sorted(known, key=lambda alias: signature.inputs[alias].name)
+    feeds = {}
+    for index, alias in enumerate(ordered):
+        name = _tensor_name(alias, signature.inputs[alias])
+        try:
+            feeds[name] = tensor_proto.to_array(protos[alias])
+        except ValueError as error:
+            raise invalid_argument(f"tensor parsing error: {alias}") from error
+        expected, received = signature.inputs[alias].dtype, protos[alias].dtype
+        if received != expected:
+            raise invalid_argument(
+                f"Expects arg[{index}] to be {tensor_proto.dtype_name(expected)} but "
+                f"{tensor_proto.dtype_name(received)} is provided"
+            )
+    return feeds
+
+
+def _output_aliases(signature: meta_graph_pb2.SignatureDef, output_filter: Collection[str]) -> list[str]:
+    """Returns the outputs that a request asks for, all of them by default."""
+    seen = set()
+    for alias in output_filter:
+        if alias not in signature.outputs:
+            raise invalid_argument(
+                f"output tensor alias not found in signature: {alias} Outputs expected to be in "
+                f"the set {_names(signature.outputs)}."
+            )
+        if alias in seen:
+            raise invalid_argument(f"duplicate output tensor alias: {alias}")
+        seen.add(alias)
+    return list(output_filter) or sorted(signature.outputs)
+
+
+def _names(names: Collection[str]) -> str:
+    return "{" + ",".join(sorted(names)) + "}"

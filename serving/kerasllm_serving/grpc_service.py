@@ -1,0 +1,156 @@
+"""The gRPC services PredictionService and ModelService, as tensorflow_serving.apis defines them."""
+
+from collections.abc import Callable
+from concurrent import futures
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    inference_pb2,
+    model_management_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_service_pb2_grpc,
+    regression_pb2,
+)
+
+from kerasllm_serving.core import ServerCore
+from kerasllm_serving.errors import ServingError, StartupError, unimplemented
+
+_MAX_STATUS_BYTES = 1024
+_UNLIMITED = -1
+
+_Response = TypeVar("_Response", bound=Message)
+
+
+def create_grpc_server(core: ServerCore, address: str, max_threads: int) -> tuple[grpc.Server, int]:
+    """Makes a gRPC server that listens at an address; `start` makes it answer.
+
+    Args:
+        core: What answers the requests.
+        address: `host:port`; port 0 takes a free one.
+        max_threads: How many requests are worked on at once; the others wait.
+
+    Returns:
+        The server and its port.
+
+    Raises:
+        StartupError: If the address cannot be bound.
+    """
+    server = grpc.server(
+        futures.ThreadPoolExecutor(max_threads, thread_name_prefix="grpc"),
+        options=[
+            # Without this, two servers on one port would share its requests between them.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", _UNLIMITED),
+            ("grpc.max_send_message_length", _UNLIMITED),
+        ],
+    )
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(PredictionService(core), server)
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise StartupError(f"`--port` must be free. Received: {address}: {error}") from error
+    return server, port
+
+
+class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
+    """Predict and GetModelMetadata; the other calls answer UNIMPLEMENTED.
+
+    Args:
+        core: What answers the requests.
+    """
+
+    def __init__(self, core: ServerCore) -> None:
+        self._core = core
+
+    def Predict(
+        self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
+    ) -> predict_pb2.PredictResponse:
+        """Runs a signature within the deadline of the request."""
+        return _answer(context, lambda: self._core.predict(request, _timeout_in_ms(context)))
+
+    def GetModelMetadata(
+        self,
+        request: get_model_metadata_pb2.GetModelMetadataRequest,
+        context: grpc.ServicerContext,
+    ) -> get_model_metadata_pb2.GetModelMetadataResponse:
+        """Describes the signatures of the model."""
+        return _answer(context, lambda: self._core.get_model_metadata(request))
+
+    def Classify(
+        self, request: classification_pb2.ClassificationRequest, context: grpc.ServicerContext
+    ) -> classification_pb2.ClassificationResponse:
+        """Answers UNIMPLEMENTED."""
+        return _refuse(context, "Classify", "Predict")
+
+    def Regress(
+        self, request: regression_pb2.RegressionRequest, context: grpc.ServicerContext
+    ) -> regression_pb2.RegressionResponse:
+        """Answers UNIMPLEMENTED."""
+        return _refuse(context, "Regress", "Predict")
+
+    def MultiInference(
+        self, request: inference_pb2.MultiInferenceRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.MultiInferenceResponse:
+        """Answers UNIMPLEMENTED."""
+        return _refuse(context, "MultiInference", "Predict")
+
+
+class ModelService(model_service_pb2_grpc.ModelServiceServicer):
+    """GetModelStatus; HandleReloadConfigRequest answers UNIMPLEMENTED.
+
+    Args:
+        core: What answers the requests.
+    """
+
+    def __init__(self, core: ServerCore) -> None:
+        self._core = core
+
+    def GetModelStatus(
+        self, request: get_model_status_pb2.GetModelStatusRequest, context: grpc.ServicerContext
+    ) -> get_model_status_pb2.GetModelStatusResponse:
+        """Tells the state of the served version."""
+        return _answer(context, lambda: self._core.get_model_status(request))
+
+    def HandleReloadConfigRequest(
+        self, request: model_management_pb2.ReloadConfigRequest, context: grpc.ServicerContext
+    ) -> model_management_pb2.ReloadConfigResponse:
+        """Answers UNIMPLEMENTED."""
+        return _refuse(context, "HandleReloadConfigRequest", "a restart")
+
+
+def _answer(context: grpc.ServicerContext, handle: Callable[[], _Response]) -> _Response:
+    try:
+        return handle()
+    except ServingError as error:
+        context.abort(error.code, _truncate(error.message))
+
+
+def _refuse(context: grpc.ServicerContext, call: str, instead: str) -> None:
+    error = unimplemented(f"{call} is not implemented by kerasllm_serving; use {instead}")
+    context.abort(error.code, error.message)
+
+
+def _timeout_in_ms(context: grpc.ServicerContext) -> int:
+    """Returns what is left of the request's deadline, 0 if it has none."""
+    remaining = context.time_remaining()
+    if remaining is None:
+        return 0
+    if remaining <= 0:  # it waited in the queue for too long
+        raise ServingError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+    # 0 would mean no limit.
+    return max(1, int(remaining * 1000))
+
+
+def _truncate(message: str) -> str:
+    """Cuts a status message to what fits into the headers of a response."""
+    encoded = message.encode()
+    if len(encoded) <= _MAX_STATUS_BYTES:
+        return message
+    return encoded[:_MAX_STATUS_BYTES].decode("utf-8", "ignore") + "...TRUNCATED"

@@ -1,0 +1,114 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from kerasllm import GPT2, CausalLM, GenerationConfig, GPT2Config
+from kerasllm.data import language_model_dataset
+
+
+def small(tokenizer, **changes):
+    keras.utils.set_random_seed(0)
+    config = GPT2Config(
+        **{
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "context_length": 32,
+            "num_layers": 1,
+            "num_heads": 2,
+            "dim": 16,
+            "dropout": 0.0,
+            **changes,
+        }
+    )
+    return CausalLM(GPT2(config), tokenizer)
+
+
+def test_fit_on_strings_learns_them_by_heart(tokenizer):
+    model = small(tokenizer, dim=32)
+    text = "The quick brown fox jumps over the lazy dog and runs away."
+    model.compile(keras.optimizers.Adam(1e-2))
+    model.fit([text], sequence_length=16, epochs=80, verbose=0)
+    assert model.evaluate([text], sequence_length=16, verbose=0)["perplexity"] < 1.2
+    assert "The quick brown fox" + model.generate("The quick brown fox", max_new_tokens=40) == text
+
+
+def test_every_kind_of_input_gives_the_same_loss(tokenizer, stories):
+    model = small(tokenizer)
+    texts = stories[:10]
+    batches = language_model_dataset(texts, tokenizer, 32, 4)
+    of_strings = model.evaluate(texts, batch_size=4, verbose=0)
+    of_dataset = model.evaluate(tf.data.Dataset.from_tensor_slices(texts), batch_size=4, verbose=0)
+    of_batches = model.evaluate(batches, verbose=0)
+    assert of_strings == of_dataset == of_batches
+    assert model.evaluate(texts, batch_size=7, verbose=0)["loss"] == pytest.approx(of_strings["loss"])
+
+
+def test_fit_validates_on_strings_and_on_batches(tokenizer, stories):
+    model = small(tokenizer)
+    batches = language_model_dataset(stories[:10], tokenizer, 32, 4)
+    history = model.fit(batches, validation_data=stories[10:12], verbose=0).history
+    assert {"loss", "perplexity", "val_loss", "val_perplexity"} == set(history)
+    assert history["val_perplexity"][0] == pytest.approx(np.exp(history["val_loss"][0]), rel=1e-5)
+    model.fit(stories[:4], validation_data=batches, epochs=1, batch_size=2, verbose=0)
+
+
+def test_fit_and_evaluate_refuse_what_they_would_ignore(tokenizer, stories):
+    model = small(tokenizer)
+    batches = language_model_dataset(stories[:4], tokenizer, 32, 4)
+    for arguments in ({"batch_size": 4}, {"sequence_length": 8}, {"shuffle": True}):
+        with pytest.raises(ValueError, match="are for texts"):
+            model.fit(batches, verbose=0, **arguments)
+    with pytest.raises(ValueError, match="leave `y` out"):
+        model.fit(stories[:4], stories[:4])
+    with pytest.raises(TypeError, match="Received: str"):
+        model.fit("one text")
+    with pytest.raises(TypeError, match="Received: ndarray"):
+        model.evaluate(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="33 tokens, context_length=32"):
+        model.fit(stories[:4], sequence_length=33, verbose=0)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        CausalLM(model.model).fit(stories[:4])
+
+
+def test_tokenizer_must_fit_the_model(tokenizer):
+    with pytest.raises(ValueError, match="a tokenizer of 400 tokens, a model of 399"):
+        small(tokenizer, vocabulary_size=399)
+
+
+def test_keras_file_holds_everything(tmp_path, tokenizer):
+    model = CausalLM(small(tokenizer).model, tokenizer, GenerationConfig(max_new_tokens=5, temperature=0.5))
+    model.save(tmp_path / "model.keras")
+    for loaded in (
+        CausalLM.load(tmp_path / "model.keras"),
+        keras.models.load_model(tmp_path / "model.keras"),
+    ):
+        assert loaded.generation_config == model.generation_config
+        assert loaded.tokenizer.to_json() == tokenizer.to_json()
+        assert loaded.generate("The sun") == model.generate("The sun")
+
+
+def test_keras_file_without_tokenizer(tmp_path, tokenizer):
+    CausalLM(small(tokenizer).model).save(tmp_path / "model.keras")
+    assert CausalLM.load(tmp_path / "model.keras").tokenizer is None
+
+
+def test_damaged_or_missing_files(tmp_path, tokenizer):
+    path = tmp_path / "model.keras"
+    small(tokenizer).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="damaged"):
+        CausalLM.load(path)
+    keras.Sequential([keras.layers.Dense(1)]).save(path)
+    with pytest.raises(ValueError, match="must hold a CausalLM. Received: Sequential"):
+        CausalLM.load(path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        CausalLM.load(tmp_path / "nowhere")
+
+
+def test_in_mixed_precision(tokenizer, stories):
+    config = GPT2Config(
+        vocabulary_size=400, context_length=32, num_layers=1, num_heads=2, dim=16, dropout=0.1
+    )
+    model = CausalLM(GPT2(config, dtype="mixed_bfloat16"), tokenizer)
+    model.fit(stories[:4], verbose=0)
+    assert isinstance(model.generate("The", max_new_tokens=4), str)

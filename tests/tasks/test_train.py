@@ -1,0 +1,65 @@
+import dataclasses
+
+import pytest
+
+from kerasllm.config import load_run_config
+from kerasllm.tasks.train import train
+
+SMALL = [
+    "output=unused",
+    "model.context_length=32",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.dim=32",
+    "model.dropout=0.0",
+    "tokenizer.vocabulary_size=400",
+    "data.stories=300",
+    "training.steps=60",
+    "training.batch_size=8",
+    "training.sequence_length=32",
+    "training.learning_rate=0.01",
+    "training.validate_every=30",
+    "training.jit_compile=false",
+]
+
+
+@pytest.fixture(scope="module")
+def result():
+    return train(load_run_config(None, SMALL))
+
+
+def test_beats_the_unigram_baseline(result):
+    assert result.perplexity < result.baselines["unigram"]
+    assert result.baselines["bigram"] < result.baselines["unigram"]
+    assert [step for step, _ in result.progress.validation_losses] == [30, 60]
+
+
+def test_perplexity_is_that_of_evaluate(result):
+    again = result.model.evaluate(result.validation, sequence_length=32, batch_size=8, verbose=0)
+    assert again["perplexity"] == pytest.approx(result.perplexity, rel=1e-4)
+
+
+def test_same_seed_same_run():
+    short = [*SMALL, "training.steps=3", "training.validate_every=3"]
+    first, second, other = (
+        train(load_run_config(None, [*short, f"seed={seed}"])).progress.train_losses for seed in (1, 1, 2)
+    )
+    assert first == second != other
+
+
+def test_trains_on_files(tmp_path, stories):
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
+    settings = [*SMALL, f"data.paths=[{tmp_path}]", "training.steps=3", "tokenizer.kind=character"]
+    settings.append("tokenizer.vocabulary_size=null")
+    result = train(load_run_config(None, settings))
+    assert result.model.tokenizer.vocabulary_size == len(set("".join(stories))) + 2
+
+
+def test_settings_that_contradict_each_other():
+    run = load_run_config(None, SMALL)
+    long = dataclasses.replace(run.training, sequence_length=64)
+    with pytest.raises(ValueError, match="64 and 32"):
+        train(dataclasses.replace(run, training=long))
+    uneven = dataclasses.replace(run.training, validate_every=25)
+    with pytest.raises(ValueError, match="25 and 60"):
+        train(dataclasses.replace(run, training=uneven))

@@ -1,0 +1,58 @@
+import subprocess
+import sys
+
+import pytest
+
+from kerasllm.files import new_file, new_folder, write_json, write_text
+
+
+def test_new_file_replaces_at_the_end(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    write_text(path, "old")
+    with new_file(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_failed_file_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    with pytest.raises(KeyboardInterrupt), new_file(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_failed_folder_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "1") as temporary:
+        (temporary / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_never_overwrites(tmp_path):
+    (tmp_path / "1").mkdir()
+    with pytest.raises(FileExistsError, match="never overwrites"), new_folder(tmp_path / "1"):
+        pass
+
+
+def test_a_killed_export_leaves_no_version_folder(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from kerasllm.files import new_folder\n"
+        "with new_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'saved_model.pb').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "1")], check=False)
+    assert result.returncode == -9
+    left = [path.name for path in tmp_path.iterdir()]
+    assert len(left) == 1 and left[0].startswith(".") and not left[0].isdecimal()
+    with new_folder(tmp_path / "1") as folder:  # and does not stand in the way of the next
+        (folder / "saved_model.pb").write_text("whole")
+    assert (tmp_path / "1" / "saved_model.pb").read_text() == "whole"

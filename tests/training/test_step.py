@@ -1,0 +1,154 @@
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+
+from kerasllm import GPT2, CausalLM, GPT2Config
+from kerasllm.training import AdamW, next_token_loss
+
+CONFIG = {"vocabulary_size": 30, "context_length": 12, "num_layers": 1, "num_heads": 2, "dim": 16}
+
+
+def make_model(seed=0, dtype=None, **changes):
+    keras.utils.set_random_seed(seed)
+    model = CausalLM(GPT2(GPT2Config(**{**CONFIG, "dropout": 0.0, **changes}), dtype=dtype))
+    for weight in model.weights:
+        weight.assign(weight + 0.3 * keras.random.normal(weight.shape))
+    return model
+
+
+def make_batches(rows=8, batch_size=4, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 5, (rows, 13)).astype("int32")  # few different ids: repeated rows of the table
+    weights = (np.arange(12) < rng.integers(1, 13, (rows, 1))).astype("float32")
+    return tf.data.Dataset.from_tensor_slices((ids[:, :-1], ids[:, 1:], weights)).batch(batch_size)
+
+
+def values(model):
+    return [ops.convert_to_numpy(weight) for weight in model.trainable_weights]
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_one_step_is_the_gradient_of_the_mean_over_tokens(tie_embeddings):
+    model, reference = make_model(tie_embeddings=tie_embeddings), make_model(tie_embeddings=tie_embeddings)
+    batches = make_batches(rows=4)
+    variables = [weight.value for weight in reference.trainable_weights]
+    ids, labels, weights = next(iter(batches))
+    with tf.GradientTape() as tape:
+        log_probabilities = tf.nn.log_softmax(reference(ids))
+        losses = -tf.gather(log_probabilities, labels, batch_dims=2)
+        loss = tf.reduce_sum(losses * weights) / tf.reduce_sum(weights)
+    gradients = tape.gradient(loss, variables)
+    wanted = [v - 0.1 * tf.convert_to_tensor(g) for v, g in zip(variables, gradients, strict=True)]
+
+    model.compile(keras.optimizers.SGD(0.1))
+    history = model.fit(batches, verbose=0)
+    np.testing.assert_allclose(history.history["loss"][0], loss, rtol=1e-5)
+    for got, want in zip(values(model), wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_repeated_rows_of_an_untied_table_are_merged_before_adam_squares_them():
+    model, reference = make_model(tie_embeddings=False), make_model(tie_embeddings=False)
+    batches = make_batches(rows=4)
+    ids, labels, weights = next(iter(batches))
+    variables = [weight.value for weight in reference.trainable_weights]
+    with tf.GradientTape() as tape:
+        total, count = next_token_loss(reference(ids), labels, weights)
+        loss = total / count
+    dense = [tf.convert_to_tensor(g).numpy() for g in tape.gradient(loss, variables)]
+    model.compile(AdamW(1e-3, global_clipnorm=None))
+    model.fit(batches, verbose=0)
+    # After one step Adam's second moment is (1 - beta_2) times the squared gradient.
+    moments = {v.path: ops.convert_to_numpy(v) for v in model.optimizer.variables}
+    table = next(i for i, w in enumerate(model.trainable_weights) if "token_embedding" in w.path)
+    moment = next(m for path, m in moments.items() if "token_embedding" in path and "velocity" in path)
+    np.testing.assert_allclose(moment, 0.05 * dense[table] ** 2, rtol=1e-4, atol=1e-12)
+
+
+def test_evaluation_counts_every_token_once():
+    model = make_model()
+    batches = make_batches(rows=10, batch_size=4)  # the last batch is short, and padding differs
+    total, count = 0.0, 0.0
+    for ids, labels, weights in batches:
+        loss, number = next_token_loss(model(ids), labels, weights)
+        total, count = total + float(loss), count + float(number)
+    results = model.evaluate(batches, verbose=0)
+    np.testing.assert_allclose(results["loss"], total / count, rtol=1e-5)
+    np.testing.assert_allclose(results["perplexity"], np.exp(total / count), rtol=1e-5)
+    assert model.evaluate(batches, verbose=0, return_dict=False) == pytest.approx(
+        [results["loss"], results["perplexity"]]
+    )
+
+
+def test_compiled_equals_eager():
+    finals = []
+    for settings in ({"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}):
+        model = make_model()
+        # Not Adam: it blows up the rounding of gradients that are zero, as those of key biases are.
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), metrics=["accuracy"], **settings)
+        history = model.fit(make_batches(), epochs=2, verbose=0)
+        assert set(history.history) == {"accuracy", "loss", "perplexity"}
+        finals.append((history.history["loss"], values(model)))
+    for losses, weights in finals[1:]:
+        np.testing.assert_allclose(losses, finals[0][0], rtol=1e-5)
+        for got, want in zip(weights, finals[0][1], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_learns(dtype):
+    model = make_model(dtype=dtype)
+    optimizer = AdamW(1e-2)
+    if dtype == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(optimizer)
+    losses = model.fit(make_batches(), epochs=6, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] - 0.5
+    assert all(weight.dtype == "float32" for weight in model.trainable_weights)
+
+
+def test_training_goes_on_from_a_keras_file(tmp_path):
+    straight, stopped = make_model(), make_model()
+    for model in (straight, stopped):
+        model.compile(AdamW(1e-2, not_decayed=["scale"]))
+        model.fit(make_batches(), epochs=2, verbose=0)
+    stopped.save(tmp_path / "model.keras")
+    resumed = CausalLM.load(tmp_path / "model.keras")
+    assert resumed.optimizer.not_decayed == ("scale",)
+    for model in (straight, resumed):
+        model.fit(make_batches(seed=1), epochs=2, verbose=0)
+    for got, want in zip(values(resumed), values(straight), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_what_does_not_work_is_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match="brings its own loss"):
+        model.compile(loss="mse")
+
+
+def test_several_replicas_are_refused():
+    """In a process of its own, for devices can be split only before the first use of TensorFlow."""
+    code = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from kerasllm import GPT2, CausalLM, GPT2Config
+for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
+    with tf.distribute.MirroredStrategy(devices).scope():
+        model = CausalLM(GPT2(GPT2Config(num_layers=1, num_heads=1, dim=4, vocabulary_size=4)))
+        try:
+            model.compile()
+            print("compiled")
+        except ValueError as error:
+            print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = result.stdout.splitlines()
+    assert first == "compiled"
+    assert second.startswith("Training runs on one replica") and second.endswith("Received: 2 replicas")
