@@ -6,7 +6,7 @@ import pathlib
 import tensorflow as tf
 
 from kerasllm.files import new_folder, write_json
-from kerasllm.generation import GenerationConfig, TextGenerator
+from kerasllm.generation import SIGNATURE, GenerationConfig, TextGenerator, batch_settings
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 from kerasllm.version import __version__
@@ -26,31 +26,14 @@ class CausalLMSignatures(tf.Module):
         # TensorFlow saves what a module holds. Keras keeps its variables where tf.Module does not look.
         self.model_variables = [variable.value for variable in model.variables]
         self.tokenizer = tokenizer
-        generator = TextGenerator(model, tokenizer, config)
+        generator = TextGenerator(model, tokenizer)
 
-        def batch_of(dtype, name):
-            return tf.TensorSpec([None], dtype, name=name)
-
-        prompt = batch_of(tf.string, "prompt")
-
-        @tf.function(input_signature=[prompt], autograph=False)
+        @tf.function(input_signature=SIGNATURE[:1], autograph=False)
         def serve(prompt):
-            return {"text": generator.generate_text(prompt)["text"]}
+            settings = batch_settings(config, tf.size(prompt))
+            return {"text": generator.generate_text(prompt, **settings, fit_to_context=True)["text"]}
 
-        @tf.function(
-            input_signature=[
-                prompt,
-                batch_of(tf.int32, "max_new_tokens"),
-                batch_of(tf.float32, "temperature"),
-                batch_of(tf.int32, "top_k"),
-                batch_of(tf.float32, "top_p"),
-                batch_of(tf.int32, "seed"),
-            ],
-            autograph=False,
-        )
-        def generate(prompt, max_new_tokens, temperature, top_k, top_p, seed):
-            return generator.generate_text(prompt, max_new_tokens, temperature, top_k, top_p, seed)
-
+        generate = tf.function(generator.generate_text, input_signature=SIGNATURE, autograph=False)
         self.functions = {"serving_default": serve, "generate": generate}
 
 

@@ -8,6 +8,33 @@ from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
 
+# The inputs of `TextGenerator.generate_text`, and with these names of the exported signature.
+SIGNATURE = (
+    tf.TensorSpec([None], tf.string, name="prompt"),
+    tf.TensorSpec([None], tf.int32, name="max_new_tokens"),
+    tf.TensorSpec([None], tf.float32, name="temperature"),
+    tf.TensorSpec([None], tf.int32, name="top_k"),
+    tf.TensorSpec([None], tf.float32, name="top_p"),
+    tf.TensorSpec([None], tf.int32, name="seed"),
+)
+
+
+def batch_settings(config: GenerationConfig, count: int | tf.Tensor) -> dict[str, tf.Tensor]:
+    """Repeats a configuration for each prompt of a batch.
+
+    Args:
+        config: The settings.
+        count: Number of prompts.
+
+    Returns:
+        The inputs of `SIGNATURE` after the prompt, by name and in order: tensors `[count]`.
+    """
+    return {
+        spec.name: tf.fill([count], tf.constant(getattr(config, spec.name), spec.dtype))
+        for spec in SIGNATURE[1:]
+    }
+
+
 def _rule(condition: tf.Tensor, message: str, *values: tf.Tensor) -> tf.Operation:
     """Makes an op that fails with INVALID_ARGUMENT and one readable line unless all is true."""
     text = tf.strings.format(message, values) if values else message
@@ -54,6 +81,7 @@ class TextGenerator(tf.Module):
         lengths = tf.cast(token_ids.row_lengths(), tf.int32)
         context = self.model.config.context_length
         rules = [
+            _rule(tf.size(lengths) > 0, "There must be at least one prompt. Received: none."),
             _rule(lengths > 0, "A prompt must hold at least one token. Received: an empty prompt."),
             _rule(
                 lengths < context,
@@ -67,45 +95,35 @@ class TextGenerator(tf.Module):
     def generate_text(
         self,
         prompts: tf.Tensor,
-        max_new_tokens: tf.Tensor | None = None,
-        temperature: tf.Tensor | None = None,
-        top_k: tf.Tensor | None = None,
-        top_p: tf.Tensor | None = None,
-        seed: tf.Tensor | None = None,
+        max_new_tokens: tf.Tensor,
+        temperature: tf.Tensor,
+        top_k: tf.Tensor,
+        top_p: tf.Tensor,
+        seed: tf.Tensor,
+        fit_to_context: bool = False,
     ) -> dict[str, tf.Tensor]:
         """Continues prompts.
 
         Args:
             prompts: Strings `[batch]`.
-            max_new_tokens: Int32 `[batch]`. None: the config's number, or less where the context ends
-                before.
-            temperature: Float32 `[batch]`. None, here and below: the config's.
+            max_new_tokens: Int32 `[batch]`.
+            temperature: Float32 `[batch]`.
             top_k: Int32 `[batch]`.
             top_p: Float32 `[batch]`.
             seed: Int32 `[batch]`.
+            fit_to_context: Whether a `max_new_tokens` for which the context has no room is lowered to
+                what it has, and not an error. For numbers that the caller did not choose.
 
         Returns:
             `text`: strings `[batch]`, the continuation without special tokens; `token_ids`: int32
             `[batch, longest]`, filled up with -1; `num_tokens`: int32 `[batch]`.
         """
         token_ids = self.encode_prompts(prompts)
-        lengths = tf.cast(token_ids.row_lengths(), tf.int32)
-        room = self.model.config.context_length - lengths
-        if max_new_tokens is None:
-            max_new_tokens = tf.minimum(room, self.config.max_new_tokens)
-
-        def or_default(value, name, dtype):
-            if value is None:
-                return tf.fill(tf.shape(lengths), tf.constant(getattr(self.config, name), dtype))
-            return tf.convert_to_tensor(value, dtype)
-
+        if fit_to_context:
+            lengths = tf.cast(token_ids.row_lengths(), tf.int32)
+            max_new_tokens = tf.minimum(max_new_tokens, self.model.config.context_length - lengths)
         generated, num_tokens = self.generate_ids(
-            token_ids,
-            max_new_tokens,
-            or_default(temperature, "temperature", tf.float32),
-            or_default(top_k, "top_k", tf.int32),
-            or_default(top_p, "top_p", tf.float32),
-            or_default(seed, "seed", tf.int32),
+            token_ids, max_new_tokens, temperature, top_k, top_p, seed
         )
         ragged = tf.RaggedTensor.from_tensor(generated, lengths=num_tokens)
         text = self.tokenizer.detokenize(ragged, skip_special_tokens=True)

@@ -1,6 +1,7 @@
 """A model that continues text: fit, evaluate, generate, save, export."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -13,7 +14,7 @@ import tensorflow as tf
 from kerasllm.checkpoints import load_folder, save_folder
 from kerasllm.data import language_model_dataset
 from kerasllm.export import export_litert, export_saved_model
-from kerasllm.generation import GenerationConfig, TextGenerator
+from kerasllm.generation import SIGNATURE, GenerationConfig, TextGenerator, batch_settings
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 from kerasllm.training import TokenWeightedTraining
@@ -55,7 +56,7 @@ class CausalLM(TokenWeightedTraining, keras.Model):
         self.model = model
         self.tokenizer = tokenizer
         self.generation_config = generation_config or GenerationConfig()
-        self._generate_function = None
+        self._generate_functions: dict = {}
         self.built = True
 
     def call(self, token_ids, training: bool = False):
@@ -210,32 +211,35 @@ class CausalLM(TokenWeightedTraining, keras.Model):
         prompts = list(prompts)
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"`prompts` must be one text or a list of texts. Received: {prompts!r}")
-        tokenizer = self._require_tokenizer()
-        if self._generate_function is None:
-            generator = TextGenerator(self.model, tokenizer, self.generation_config)
-            self._generate_function = tf.function(
-                generator.generate_text, autograph=False, reduce_retracing=True
-            )
         settings = {
-            "max_new_tokens": (max_new_tokens, tf.int32),
-            "temperature": (temperature, tf.float32),
-            "top_k": (top_k, tf.int32),
-            "top_p": (top_p, tf.float32),
-            "seed": (seed, tf.int32),
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
         }
-        tensors = {
-            name: tf.fill([len(prompts)], tf.constant(value, dtype))
-            for name, (value, dtype) in settings.items()
-            if value is not None
-        }
+        given = {name: value for name, value in settings.items() if value is not None}
+        config = dataclasses.replace(self.generation_config, **given)
+        generate = self._generate_function(fit_to_context=max_new_tokens is None)
         try:
-            return self._generate_function(tf.constant(prompts), **tensors)
+            return generate(tf.constant(prompts), *batch_settings(config, len(prompts)).values())
         except tf.errors.InvalidArgumentError as error:
             # A rule of the graph was broken; the rest of the message is TensorFlow's own.
             rule = re.search(r"assertion failed: \[(.*)\]$", error.message, re.MULTILINE)
             if rule is None:
                 raise
             raise ValueError(rule[1]) from None
+
+    def _generate_function(self, fit_to_context: bool):
+        """The generation as a graph, traced once for any number of prompts."""
+        if fit_to_context not in self._generate_functions:
+            generator = TextGenerator(self.model, self._require_tokenizer())
+            self._generate_functions[fit_to_context] = tf.function(
+                functools.partial(generator.generate_text, fit_to_context=fit_to_context),
+                input_signature=SIGNATURE,
+                autograph=False,
+            )
+        return self._generate_functions[fit_to_context]
 
     # Saving and loading
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -164,7 +164,6 @@ class Tokenizer(tf.Module):
 
     # Text to ids
 
-    @tf.autograph.experimental.do_not_convert
     def tokenize(self, texts: tf.Tensor, parse_special: bool = False) -> tf.RaggedTensor:
         """Turns texts into ids with TensorFlow ops.
 
@@ -189,6 +188,10 @@ class Tokenizer(tf.Module):
             raise TypeError(f"`texts` must hold strings. Received: dtype={texts.dtype.name}")
         if texts.shape.rank not in (None, 1):
             raise ValueError(f"`texts` must have the shape [batch]. Received: shape={texts.shape}")
+        return self._graph_functions.tokenize(texts, bool(parse_special))
+
+    def _tokenize(self, texts: tf.Tensor, parse_special: bool) -> tf.RaggedTensor:
+        """The ops of `tokenize`."""
         with tf.device("CPU:0"):
             pieces, text_of_piece = self._split(_replace_invalid_utf8(texts), parse_special)
             ids = self._encode_pieces(pieces)
@@ -219,7 +222,7 @@ class Tokenizer(tf.Module):
             if not isinstance(item, str):
                 raise TypeError(f"`text` must hold strings. Received: {type(item).__name__}")
         texts = tf.constant([item.encode("utf-8") for item in text], tf.string)
-        return self._graph_functions.tokenize(texts, bool(parse_special)).to_list()
+        return self.tokenize(texts, parse_special).to_list()
 
     # Ids to text
 
@@ -466,7 +469,11 @@ class _PlainValue:
 
 
 class _GraphFunctions:
-    """The traced functions behind `encode` and `decode`, made at their first use."""
+    """The traced functions behind the tokenizer, made at their first use.
+
+    Whatever graph tokenizes calls the same one, so that the ops are traced once and not for every
+    dataset, generation and export.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -474,19 +481,19 @@ class _GraphFunctions:
 
     def tokenize(self, texts: tf.Tensor, parse_special: bool) -> tf.RaggedTensor:
         signature = [tf.TensorSpec([None], tf.string)]
-        return self._get("tokenize", parse_special, signature)(texts)
+        return self._get(self._tokenizer._tokenize, parse_special, signature)(texts)
 
     def detokenize(self, ids: tf.RaggedTensor, skip_special_tokens: bool) -> tf.Tensor:
         signature = [tf.RaggedTensorSpec([None, None], tf.int64)]
-        return self._get("detokenize", skip_special_tokens, signature)(ids)
+        return self._get(self._tokenizer.detokenize, skip_special_tokens, signature)(ids)
 
-    def _get(self, method: str, flag: bool, signature: list):
-        if (method, flag) not in self._traced:
-            call = getattr(self._tokenizer, method)
-            self._traced[method, flag] = tf.function(
-                lambda value: call(value, flag), input_signature=signature, autograph=False
+    def _get(self, method: Callable, flag: bool, signature: list):
+        key = (method.__name__, flag)
+        if key not in self._traced:
+            self._traced[key] = tf.function(
+                lambda value: method(value, flag), input_signature=signature, autograph=False
             )
-        return self._traced[method, flag]
+        return self._traced[key]
 
 
 @cache

@@ -38,11 +38,12 @@ class TokenWeightedTraining:
                 f"`tf.distribute` strategy of several. Received: {replicas} replicas"
             )
         super().compile(optimizer=AdamW() if optimizer is None else optimizer, **kwargs)
+        # Now, for variables that are made while a step is traced make TensorFlow trace it twice.
+        self.optimizer.build(self.trainable_variables)
 
     def compile_from_config(self, config):
         """Compiles as before the model was saved; Keras calls it."""
         self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     def train_step(self, data):
         """Updates the weights on one batch; Keras calls it."""

@@ -48,7 +48,7 @@ def test_each_row_has_its_own_settings(causal_lm):
         max_new_tokens=tf.constant([3, 9, 9, 9]),
         temperature=tf.constant([0.0, 0.0, 1.5, 1.5]),
         top_k=tf.constant([0, 0, 0, 1]),
-        top_p=tf.constant([1.0, 1.0, 1.0, 1.0]),
+        top_p=tf.constant([1.0] * 4),
         seed=tf.constant([0, 0, 1, 1]),
     )
     ids = ids_of(outputs)

@@ -24,7 +24,7 @@ def small(tokenizer, **changes):
 
 
 def test_fit_on_strings_learns_them_by_heart(tokenizer):
-    model = small(tokenizer, dim=32)
+    model = small(tokenizer, dim=32, context_length=64)
     text = "The quick brown fox jumps over the lazy dog and runs away."
     model.compile(keras.optimizers.Adam(1e-2))
     model.fit([text], sequence_length=16, epochs=80, verbose=0)
