@@ -1,6 +1,7 @@
 """The `kerasllm` command: subcommands that each make a thin call into the library."""
 
 import argparse
+import importlib.util
 import os
 import pathlib
 import sys
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kerasllm",
+        allow_abbrev=False,
         description="Language models in Keras: train, generate, export once, serve everywhere.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name, run, text):
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(run=run)
         return command
 
@@ -118,26 +120,15 @@ def _quickstart(arguments) -> int:
 
 
 def _train(arguments) -> int:
-    import math
-
     from kerasllm.config import load_run_config
-    from kerasllm.tasks.train import train
+    from kerasllm.tasks.train import train_to_folder
 
     run = load_run_config(arguments.config, arguments.settings)
-    output = pathlib.Path(run.output)
-    if (output / "config.json").exists():
-        raise ValueError(
-            f"A run never overwrites a model; choose another output=FOLDER. Received: {output}"
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    result = train(run, output / "training.jsonl")
-    baselines = {name: math.log(value) for name, value in result.baselines.items()}
-    result.progress.plot(output / "loss.png", baselines)
-    result.model.save_pretrained(output)
+    result = train_to_folder(run)
     print(f"validation perplexity {result.perplexity:.2f}")
     for name, perplexity in result.baselines.items():
         print(f"{name} baseline {perplexity:.2f}")
-    print(f'model, log and plot: {output}\nnext: kerasllm generate {output} "…"')
+    print(f'model, log and plot: {run.output}\nnext: kerasllm generate {run.output} "…"')
     return 0
 
 
@@ -181,6 +172,8 @@ def _export(arguments) -> int:
 
 def _serve(arguments) -> int:
     # Another process image: the server has nothing of this library in it.
+    if importlib.util.find_spec("uvicorn") is None:
+        raise ModuleNotFoundError("The server needs an extra: pip install 'kerasllm[serving]'.")
     path = pathlib.Path(arguments.path)
     flags = arguments.flags
     if not any(flag.startswith("--model_name") for flag in flags):

@@ -12,6 +12,12 @@ import yaml
 from kerasllm.models import MODELS, ModelConfig
 
 
+def _at_least(settings, least: int, *names: str) -> None:
+    for name in names:
+        if (value := getattr(settings, name)) < least:
+            raise ValueError(f"`{name}` must be at least {least}. Received: {name}={value}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
     """The tokenizer to train.
@@ -35,9 +41,16 @@ class DataSettings:
         validation_fraction: Part of the documents that is kept for validation.
     """
 
-    paths: list[str] | None = None
+    paths: list[str] | str | None = None
     stories: int = 10000
     validation_fraction: float = 0.1
+
+    def __post_init__(self):
+        _at_least(self, 2, "stories")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"`validation_fraction` must be between 0 and 1. Received: {self.validation_fraction}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +65,8 @@ class TrainingSettings:
         warmup_steps: Updates until then; null: 10 % of the steps, at most 1,000.
         weight_decay: Of matrices and embeddings.
         beta_2: Decay of AdamW's second moment.
-        validate_every: Updates between two looks at the validation texts.
+        validate_every: Updates between two looks at the validation texts, a divisor of `steps`; null:
+            only at the end.
         precision: Keras dtype policy.
         jit_compile: Whether XLA compiles the step.
     """
@@ -64,9 +78,19 @@ class TrainingSettings:
     warmup_steps: int | None = None
     weight_decay: float = 0.1
     beta_2: float = 0.95
-    validate_every: int = 250
+    validate_every: int | None = None
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
     jit_compile: bool = True
+
+    def __post_init__(self):
+        _at_least(self, 1, "steps", "batch_size", "sequence_length")
+        if self.validate_every is not None:
+            _at_least(self, 1, "validate_every")
+            if self.steps > self.validate_every and self.steps % self.validate_every:
+                raise ValueError(
+                    "`validate_every` must divide `steps`. "
+                    f"Received: validate_every={self.validate_every}, steps={self.steps}"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +117,9 @@ class RunConfig:
 
 
 _SECTIONS = {"tokenizer": TokenizerSettings, "data": DataSettings, "training": TrainingSettings}
+_SETTINGS = {"output", "family", "seed"} | {
+    f"{name}.{field.name}" for name, section in _SECTIONS.items() for field in dataclasses.fields(section)
+}
 
 
 def load_run_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -109,20 +136,24 @@ def load_run_config(path: str | os.PathLike | None, overrides: Sequence[str] = (
         FileNotFoundError: If there is no file.
         ValueError: If a key is unknown, a value of the wrong type or `output` missing.
     """
+    family = _family(path, overrides)
+    config_class = MODELS[family].config_class
     arguments = [] if path is None else [f"--config={path}"]
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ValueError(f"A setting is written key=value. Received: {override!r}")
+        known = _SETTINGS | {f"model.{field.name}" for field in dataclasses.fields(config_class)}
+        if key not in known - {"model.vocabulary_size"}:  # argparse would take a beginning of a name
+            raise ValueError(f"A setting must be one of {sorted(known)}. Received: {key}")
         arguments.append(f"--{override}")
-    family = _family(path, overrides)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
     parser.add_argument("--config", action="config")
     parser.add_argument("--output", type=str, required=True)
     parser.add_argument("--family", type=str)
     parser.add_argument("--seed", type=int, default=0)
     # The tokenizer sets the vocabulary, and the model's size follows.
-    parser.add_class_arguments(MODELS[family].config_class, "model", skip={"vocabulary_size"})
+    parser.add_class_arguments(config_class, "model", skip={"vocabulary_size"})
     for name, section in _SECTIONS.items():
         parser.add_class_arguments(section, name)
     try:
@@ -133,7 +164,7 @@ def load_run_config(path: str | os.PathLike | None, overrides: Sequence[str] = (
     return RunConfig(
         output=settings.output,
         family=family,
-        model=MODELS[family].config_class(**settings.model.as_dict()),
+        model=config_class(**settings.model.as_dict()),
         seed=settings.seed,
         **{name: section(**settings[name].as_dict()) for name, section in _SECTIONS.items()},
     )

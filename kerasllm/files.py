@@ -5,8 +5,14 @@ import json
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Iterator
 from typing import Any
+
+
+def _temporary_name(path: pathlib.Path) -> str:
+    # Not by process id: in containers all processes have the same few.
+    return f".incomplete-{uuid.uuid4().hex[:12]}-{path.name}"
 
 
 @contextlib.contextmanager
@@ -23,7 +29,7 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".incomplete-{os.getpid()}-{path.name}"
+    temporary = path.parent / _temporary_name(path)
     try:
         yield temporary
         temporary.replace(path)
@@ -51,8 +57,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     if path.exists():
         raise FileExistsError(f"An export never overwrites; choose a new folder. Received: {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".incomplete-{os.getpid()}-{path.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = path.parent / _temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary

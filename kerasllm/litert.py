@@ -1,4 +1,4 @@
-"""Runs an exported `.tflite` on this machine; needs neither TensorFlow nor Keras."""
+"""Runs an exported `.tflite` on this machine; the code below uses neither TensorFlow nor Keras."""
 
 import json
 import os

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import math
 import pathlib
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -21,26 +22,25 @@ import tensorflow as tf
 
 from kerasllm.config import DataSettings, RunConfig, TokenizerSettings, TrainingSettings
 from kerasllm.models import GPT2Config
-from kerasllm.tasks.train import TrainingResult, train
+from kerasllm.tasks.train import TrainingResult, train_to_folder
+from kerasllm.tokenizers import Tokenizer
 
 MODEL_NAME = "quickstart"
 NEW_TOKENS = 40
-PROMPT_CHARACTERS = 40
+PROMPT_TOKENS = 40
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 7}
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 
 
-def quickstart_config(output: str, data: list[str] | None, steps: int) -> RunConfig:
+def quickstart_config(output: pathlib.Path, data: list[str] | None, steps: int) -> RunConfig:
     """Returns the configuration of the quickstart's model, about one million parameters."""
     return RunConfig(
-        output=output,
+        output=str(output),
         family="gpt2",
         model=GPT2Config(context_length=128, num_layers=4, num_heads=4, dim=128, dropout=0.0),
         tokenizer=TokenizerSettings(kind="byte_bpe", vocabulary_size=1024),
         data=DataSettings(paths=data, stories=10000),
-        training=TrainingSettings(
-            steps=steps, batch_size=16, sequence_length=128, learning_rate=3e-3, validate_every=steps
-        ),
+        training=TrainingSettings(steps=steps, batch_size=16, sequence_length=128, learning_rate=3e-3),
     )
 
 
@@ -50,8 +50,7 @@ def run_quickstart(
     """Trains a GPT, exports it, serves it, runs it in LiteRT and compares the tokens.
 
     Args:
-        output: Folder for everything that is written. Each run adds a version; nothing is overwritten
-            but the log, the plot and the Keras model.
+        output: Folder for everything that is written. Each run adds a number; nothing is overwritten.
         data: Text files and folders; None: the library's own stories.
         steps: Updates of the training.
 
@@ -66,33 +65,29 @@ def run_quickstart(
     begin = time.monotonic()
     _require_extras()
     output = pathlib.Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    version = max(next_version(output / name) for name in ("model", f"served/{MODEL_NAME}", "litert"))
+    folder = output / "model" / str(version)
 
     console.rule("1. Fit")
     source = ", ".join(data) if data else "stories that the library makes up itself"
     console.print(f"A GPT of about a million parameters, {steps} steps, on {source}.")
-    log = output / "training.jsonl"
-    log.unlink(missing_ok=True)
-    result = train(quickstart_config(str(output), data, steps), log)
-    baselines = {name: math.log(value) for name, value in result.baselines.items()}
-    plot = result.progress.plot(output / "loss.png", baselines)
+    result = train_to_folder(quickstart_config(folder, data, steps))
     table = rich.table.Table("model", "validation perplexity", title="Lower is better")
     for name, perplexity in (*result.baselines.items(), ("this GPT", result.perplexity)):
         table.add_row(name, f"{perplexity:.2f}")
     console.print(table)
     model = result.model
     model.generation_config = dataclasses.replace(model.generation_config, max_new_tokens=NEW_TOKENS)
-    prompts = choose_prompts(result.validation)
+    prompts = choose_prompts(result.validation, model.tokenizer)
     for prompt in prompts[:2]:
         console.print(f"[bold]{rich.markup.escape(prompt)}[/bold]", end="")
         console.print(rich.markup.escape(model.generate(prompt, **SAMPLING)))
-    model.save_pretrained(output / "model")
+    console.print(f"The loss as a picture: {folder / 'loss.png'}")
 
     console.rule("2. Export")
-    version = next_version(output / "served" / MODEL_NAME)
     served = model.export(output / "served" / MODEL_NAME / str(version))
     litert = model.export(output / "litert" / str(version) / "model.tflite")
-    for name, path in (("Keras model", output / "model"), ("SavedModel", served), ("LiteRT", litert)):
+    for name, path in (("Hugging Face folder", folder), ("SavedModel", served), ("LiteRT", litert)):
         console.print(f"{name}: {path} ({_megabytes(path):.1f} MB)")
 
     console.rule("3. The same tokens at every stop")
@@ -100,22 +95,20 @@ def run_quickstart(
     table, equal = compare(stops)
     console.print(table)
     seconds = time.monotonic() - begin
-    console.print(
-        f"{'All stops agree' if equal else 'THE STOPS DIFFER'}. {seconds:.0f} s in all. Plot: {plot}"
-    )
+    console.print(f"{'All stops agree' if equal else 'THE STOPS DIFFER'}. {seconds:.0f} s in all.")
 
     console.rule("What to try next")
-    console.print(
-        f'kerasllm generate {output / "model"} "{prompts[0].strip()}"\n'
-        f"kerasllm serve {served.parent} --rest_api_port=8501\n"
-        "curl localhost:8501/v1/models/"
-        f"{MODEL_NAME}:predict -d '{json.dumps({'instances': prompts[:1]})}'\n"
-        "kerasllm quickstart --data YOUR_TEXTS\n"
-        "kerasllm train --config configs/gpt_5m_pretrain.yaml",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+    command = pathlib.Path(sys.executable).with_name("kerasllm")  # also where it is not on PATH
+    body = json.dumps({"instances": prompts[:1]})
+    commands = (
+        (command, "generate", folder, prompts[0]),
+        (command, "serve", served.parent, "--rest_api_port=8501"),
+        ("curl", f"localhost:8501/v1/models/{MODEL_NAME}:predict", "-d", body),
+        (command, "quickstart", "--data", "YOUR_TEXTS"),
+        (command, "train", "--config", "configs/gpt_5m_pretrain.yaml"),
     )
+    for words in commands:
+        print(shlex.join(map(str, words)))
     return equal
 
 
@@ -131,24 +124,27 @@ def _require_extras() -> None:
         ) from error
 
 
-def choose_prompts(documents: list[str], count: int = 4) -> list[str]:
+def choose_prompts(documents: list[str], tokenizer: Tokenizer, count: int = 4) -> list[str]:
     """Takes the beginnings of documents, cut after a word, of differing lengths.
 
     Args:
         documents: Texts.
+        tokenizer: Counts their tokens: a prompt has at most `PROMPT_TOKENS`.
         count: Number of prompts.
 
     Returns:
-        The prompts; from a single document they are taken at several places.
+        The prompts; from fewer documents they are taken at several places.
     """
     if len(documents) < count:
         text = " ".join(documents)
         documents = [text[len(text) * number // count :] for number in range(count)]
     prompts = []
     for number, document in enumerate(documents[:count]):
-        start = " ".join(document[: 10 * PROMPT_CHARACTERS].split())
-        length = PROMPT_CHARACTERS * (number + 1) // count
-        prompts.append(start[:length].rpartition(" ")[0] or start[:length] or "The")
+        prompt = " ".join(document[:1000].split())[: PROMPT_TOKENS * (number + 1) // count]
+        prompt = prompt.rpartition(" ")[0] or prompt or "The"
+        while len(tokenizer.encode(prompt)) > PROMPT_TOKENS:
+            prompt = prompt[: len(prompt) // 2]
+        prompts.append(prompt)
     return prompts
 
 
@@ -302,7 +298,7 @@ def running_server(
         server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + timeout
-            while "ready" not in log.read_text(encoding="utf-8"):
+            while not re.search(r"^kerasllm_serving: gRPC on .* ready$", log.read_text(), re.MULTILINE):
                 if server.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"The server did not start; see {log}")
                 time.sleep(0.2)
@@ -313,6 +309,7 @@ def running_server(
                 server.wait(30)
             except subprocess.TimeoutExpired:
                 server.kill()
+                server.wait()
 
 
 def compare(stops: list[Stop]) -> tuple[rich.table.Table, bool]:
@@ -325,7 +322,8 @@ def compare(stops: list[Stop]) -> tuple[rich.table.Table, bool]:
         A table, and whether all are equal.
     """
     table = rich.table.Table("stop", "decoding", "tokens", "equal", title=f"Compared with {stops[0].name}")
-    all_equal = True
+    # Stops that say nothing agree on nothing.
+    all_equal = any(ids for _, ids in stops[0].greedy)
     for stop in stops:
         for decoding in ("greedy", "sampled"):
             answers, expected = getattr(stop, decoding), getattr(stops[0], decoding)
@@ -336,9 +334,9 @@ def compare(stops: list[Stop]) -> tuple[rich.table.Table, bool]:
                 text == wanted_text and ids in (None, wanted_ids)
                 for (text, ids), (wanted_text, wanted_ids) in zip(answers, expected, strict=True)
             )
-            count = sum(len(ids) for _, ids in answers if ids is not None)
-            table.add_row(
-                stop.name, decoding, str(count) if count else "text only", "yes" if equal else "NO"
-            )
+            counts = [len(ids) for _, ids in answers if ids is not None]
+            number = str(sum(counts)) if counts else "text only"
+            verdict = "–" if stop is stops[0] else "yes" if equal else "NO"
+            table.add_row(stop.name, decoding, number, verdict)
             all_equal &= equal
     return table, all_equal

@@ -19,7 +19,6 @@ def test_every_config_builds_its_model_and_names_its_command(path):
     run = load_run_config(path)
     model = MODELS[run.family](run.model)
     assert run.training.sequence_length <= run.model.context_length
-    assert run.training.steps % run.training.validate_every == 0
     size = path.stem.split("_")[1]  # gpt_5m_pretrain
     # What is named is the size without the embeddings of a vocabulary that the config may change.
     million = (model.count_params() - run.model.dim * run.model.vocabulary_size) / 1e6
@@ -34,6 +33,7 @@ def test_overrides_go_before_the_file(tmp_path):
     assert (run.training.steps, run.model.dim, run.model.num_layers) == (20, 32, 3)
     assert (run.data.paths, run.output, run.seed) == (["a", "b"], "there", 4)
     assert run.tokenizer.kind == "byte_bpe"
+    assert load_run_config(path, ["data.paths=moby.txt"]).data.paths == "moby.txt"
 
 
 def test_without_a_file():
@@ -47,6 +47,12 @@ def test_without_a_file():
         ("output: x\ntraining: {step: 3}\n", [], "step"),
         ("output: x\nmodel: {num_layer: 3}\n", [], "num_layer"),
         ("output: x\n", ["model.layers=3"], "layers"),
+        ("seed: 1\n", ["out=x"], "Received: out"),
+        ("output: x\n", ["training.step=3"], "Received: training.step"),
+        ("output: x\n", ["model.vocabulary_size=3"], "Received: model.vocabulary_size"),
+        ("output: x\ntraining: {steps: 0}\n", [], "`steps` must be at least 1"),
+        ("output: x\ntraining: {steps: 10, validate_every: 3}\n", [], "must divide"),
+        ("output: x\ndata: {validation_fraction: 1.5}\n", [], "between 0 and 1"),
         ("output: x\ntraining: {steps: many}\n", [], "many"),
         ("output: x\n", ["training.steps"], "key=value"),
         ("output: x\nfamily: gpt9\n", [], "gpt9"),

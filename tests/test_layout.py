@@ -23,12 +23,12 @@ ALLOWED = {
     "training": {"models", "data", "tokenizers", "config", "files"},
     "export": {"models", "generation", "tokenizers", "files", "version"},
     "tasks": {
-        "checkpoints", "config", "data", "evaluation", "export", "generation", "models", "tokenizers",
-        "training",
+        "checkpoints", "config", "data", "evaluation", "export", "files", "generation", "models",
+        "tokenizers", "training",
     },
     "litert": set(),
     "doctor": set(),
-    "quickstart": {"config", "models", "tasks", "litert"},
+    "quickstart": {"config", "litert", "models", "tasks", "tokenizers"},
 }  # fmt: skip
 
 

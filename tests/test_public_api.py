@@ -1,6 +1,7 @@
 """The public names, written by hand here too: a change of them is a decision, not an accident."""
 
 import inspect
+import re
 import subprocess
 import sys
 
@@ -54,7 +55,9 @@ def test_public_names_are_documented(module):
                 for p in signature.parameters.values()
                 if p.name != "self" and p.kind is p.POSITIONAL_OR_KEYWORD
             ]
-            undocumented = [p.name for p in parameters if f"{p.name}" not in value.__doc__]
+            undocumented = [
+                p.name for p in parameters if not re.search(rf"^ +{p.name}:", value.__doc__, re.MULTILINE)
+            ]
             assert not undocumented or "As in `DecoderBlock`" in value.__doc__, (name, undocumented)
             assert all(p.annotation is not p.empty for p in parameters), name
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from kerasllm.quickstart import Stop, choose_prompts, compare, next_version, run_quickstart
+from kerasllm.quickstart import PROMPT_TOKENS, Stop, choose_prompts, compare, next_version, run_quickstart
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +30,21 @@ def test_every_stop_gives_the_same_tokens(tmp_path, text, capsys):
         "kerasllm serve",
     ):
         assert words in printed
-    files = ["loss.png", "training.jsonl", "model/config.json", "served/quickstart/1/saved_model.pb"]
+    files = [f"model/1/{name}" for name in ("loss.png", "training.jsonl", "config.json")]
+    files += ["served/quickstart/1/saved_model.pb"]
     files += ["litert/1/model.tflite", "litert/1/tokenizer.json", "server.log"]
     for file in files:
         assert (tmp_path / file).is_file(), file
-    assert len((tmp_path / "training.jsonl").read_text().splitlines()) == 6 + 1
+    assert len((tmp_path / "model/1/training.jsonl").read_text().splitlines()) == 6 + 1
 
 
 def answers(*ids):
     return [(str(row), row) for row in ids]
+
+
+def test_stops_that_say_nothing_do_not_agree():
+    silent = Stop("Python", answers([], []), None)
+    assert not compare([silent, silent])[1]
 
 
 def test_a_stop_that_differs_is_seen():
@@ -58,14 +64,15 @@ def test_a_stop_that_differs_is_seen():
         assert not compare([live, stop])[1], stop.name
 
 
-def test_prompts():
-    many = choose_prompts(
-        [f"Story {n} is about a long walk through the town and the hills." for n in range(9)]
-    )
+def test_prompts(tokenizer):
+    documents = [f"Story {n} is about a long walk through the town and the hills." for n in range(9)]
+    many = choose_prompts(documents, tokenizer)
     assert len(many) == 4 and len(set(map(len, many))) == 4
     assert all(not prompt.endswith(" ") for prompt in many)
-    one = choose_prompts(["word " * 500])
+    one = choose_prompts(["word " * 500], tokenizer)
     assert len(one) == 4 and all(one)
+    rare = choose_prompts(["\u6f22\u5b57\u304b\u306a" * 100] * 4, tokenizer)
+    assert max(len(tokenizer.encode(prompt)) for prompt in rare) <= PROMPT_TOKENS
 
 
 def test_versions_count_up(tmp_path):

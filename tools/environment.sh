@@ -4,7 +4,7 @@ set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 environment="${KERASLLM_VENV:-$repository/.venv}"
-constraints="${KERASLLM_CONSTRAINTS:-$repository/constraints.txt}"
+constraints="$(realpath "${KERASLLM_CONSTRAINTS:-$repository/constraints.txt}")"
 
 find_python() {
   local candidate
@@ -35,5 +35,5 @@ prepare_environment() {
 }
 
 export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
-export KERAS_BACKEND="${KERAS_BACKEND:-tensorflow}"
+export KERAS_BACKEND=tensorflow # the only one that exports and serves
 prepare_environment

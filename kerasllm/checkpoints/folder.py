@@ -44,9 +44,6 @@ def save_folder(
         tensors[name] = np.ascontiguousarray(transform.to_tensor(arrays))
     if variables:
         raise ValueError(f"The weight table of {type(model).__name__} lacks: {sorted(variables)}")
-    with new_file(folder / WEIGHTS) as file:
-        # transformers reads a file only if it says which framework it was made for.
-        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     eos_id = None if tokenizer is None else tokenizer.eos_id
     model_type = next(name for name, family in MODELS.items() if type(model) is family)
     config = {
@@ -56,11 +53,17 @@ def save_folder(
         "eos_token_id": eos_id,
         **model.config.to_huggingface(),
     }
+    # The config goes first and comes last: a folder with a config is a whole checkpoint, and of one
+    # save, also where there was another before.
+    for name in (CONFIG, GENERATION, "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    with new_file(folder / WEIGHTS) as file:
+        # transformers reads a file only if it says which framework it was made for.
+        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save(folder)
     if generation is not None:
         write_json(folder / GENERATION, generation)
-    # Last, for a folder with a config is taken for a checkpoint.
     write_json(folder / CONFIG, config)
     return folder
 

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from kerasllm.export.saved_model import check_vocabularies
 from kerasllm.files import write_json
-from kerasllm.generation import GenerationConfig
+from kerasllm.generation import GenerationConfig, check_vocabularies
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
@@ -85,7 +84,7 @@ def export_litert(
 
     Raises:
         ValueError: If a number, the precision or the name does not fit.
-        FileExistsError: If `path` exists.
+        FileExistsError: If `path` or a file beside it exists.
         RuntimeError: If the converter fails.
     """
     path = pathlib.Path(path)
@@ -93,8 +92,12 @@ def export_litert(
     cache_length = context if cache_length is None else cache_length
     if path.suffix != ".tflite":
         raise ValueError(f"A LiteRT model's name must end in .tflite. Received: {path}")
-    if path.exists():
-        raise FileExistsError(f"An export never overwrites; choose a new file. Received: {path}")
+    for file in (path, path.parent / "tokenizer.json", path.parent / "generation_config.json"):
+        if file.exists():
+            raise FileExistsError(
+                "An export never overwrites, and each LiteRT model needs a folder of its own. "
+                f"Received: {path}, where this exists: {file.name}"
+            )
     if not 1 <= cache_length <= context:
         raise ValueError(
             f"`cache_length` must be from 1 to the context of {context} tokens. Received: {cache_length}"

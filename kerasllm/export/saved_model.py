@@ -65,7 +65,6 @@ def export_saved_model(
         ValueError: If the tokenizer has more tokens than the model.
     """
     config = config or GenerationConfig()
-    check_vocabularies(model, tokenizer)
     module = CausalLMSignatures(model, tokenizer, config)
     with new_folder(path) as folder:
         tf.saved_model.save(module, str(folder), signatures=module.functions)
@@ -81,12 +80,3 @@ def export_saved_model(
         write_json(extra / "generation_config.json", config.to_huggingface(tokenizer.eos_id))
         write_json(extra / "kerasllm_manifest.json", manifest)
     return pathlib.Path(path)
-
-
-def check_vocabularies(model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Raises a ValueError if the tokenizer makes ids that the model does not have."""
-    if tokenizer.vocabulary_size > model.config.vocabulary_size:
-        raise ValueError(
-            "The model's vocabulary must hold every id of the tokenizer. Received: a tokenizer of "
-            f"{tokenizer.vocabulary_size} tokens, a model of {model.config.vocabulary_size}"
-        )

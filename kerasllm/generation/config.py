@@ -3,6 +3,32 @@
 import dataclasses
 from typing import Any
 
+# What Hugging Face takes for settings that a file with `do_sample` leaves out.
+_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+# Settings that are not offered, with the value at which they do nothing.
+_NEUTRAL = {
+    "diversity_penalty": 0.0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "repetition_penalty": 1.0,
+    "typical_p": 1.0,
+}
+# Names that do not change the tokens, or are looked at elsewhere (the end token).
+_WITHOUT_EFFECT = frozenset(
+    "_from_model_config bos_token_id do_sample early_stopping eos_token_id output_attentions "
+    "output_hidden_states output_scores pad_token_id return_dict_in_generate transformers_version "
+    "use_cache".split()
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
@@ -55,16 +81,29 @@ class GenerationConfig:
 
     @classmethod
     def from_huggingface(cls, values: dict[str, Any]) -> "GenerationConfig":
-        """Reads the content of a `generation_config.json`; fields that are not there keep defaults.
+        """Reads the content of a `generation_config.json`; what is not there has its default.
 
         Args:
             values: The parsed file.
 
         Returns:
             The config.
+
+        Raises:
+            ValueError: If the file asks for something that would change the tokens and is not offered.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        known = {name: values[name] for name in names & set(values) if values[name] is not None}
-        if not values.get("do_sample", False):
+        given = {name: value for name, value in values.items() if value is not None}
+        for name, value in given.items():
+            neutral = _NEUTRAL.get(name, value if name in names | _WITHOUT_EFFECT else None)
+            if value != neutral:
+                raise ValueError(
+                    "A generation_config.json must not ask for what is not offered here. "
+                    f"Received: {name}={value!r}"
+                )
+        known = {name: given[name] for name in names & set(given)}
+        if given.get("do_sample", False):
+            known = {**_SAMPLING_DEFAULTS, **known}
+        else:
             known["temperature"] = 0.0
         return cls(**known)

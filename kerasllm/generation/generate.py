@@ -7,7 +7,6 @@ from kerasllm.generation.sampling import choose_tokens, uniform_numbers
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
-
 # The inputs of `TextGenerator.generate_text`, and with these names of the exported signature.
 SIGNATURE = (
     tf.TensorSpec([None], tf.string, name="prompt"),
@@ -35,6 +34,15 @@ def batch_settings(config: GenerationConfig, count: int | tf.Tensor) -> dict[str
     }
 
 
+def check_vocabularies(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Raises a ValueError if the tokenizer makes ids that the model does not have."""
+    if tokenizer.vocabulary_size > model.config.vocabulary_size:
+        raise ValueError(
+            "The model's vocabulary must hold every id of the tokenizer. Received: a tokenizer of "
+            f"{tokenizer.vocabulary_size} tokens, a model of {model.config.vocabulary_size}"
+        )
+
+
 def _rule(condition: tf.Tensor, message: str, *values: tf.Tensor) -> tf.Operation:
     """Makes an op that fails with INVALID_ARGUMENT and one readable line unless all is true."""
     text = tf.strings.format(message, values) if values else message
@@ -52,7 +60,8 @@ class TextGenerator(tf.Module):
 
     Prompts of one batch may differ in length. They are padded on the right; columns of the cache are
     positions of the text, each row decodes at its own position, and what stands behind a row's last
-    token is hidden from it until it is overwritten. So a row's result does not depend on its neighbours.
+    token is hidden from it until it is overwritten. So a row's result does not depend on its neighbours;
+    but a row that breaks a rule, such as a prompt longer than the context, fails the whole batch.
 
     Args:
         model: The model.
@@ -62,6 +71,7 @@ class TextGenerator(tf.Module):
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, config: GenerationConfig | None = None):
         super().__init__()
+        check_vocabularies(model, tokenizer)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config or GenerationConfig()
@@ -81,7 +91,6 @@ class TextGenerator(tf.Module):
         lengths = tf.cast(token_ids.row_lengths(), tf.int32)
         context = self.model.config.context_length
         rules = [
-            _rule(tf.size(lengths) > 0, "There must be at least one prompt. Received: none."),
             _rule(lengths > 0, "A prompt must hold at least one token. Received: an empty prompt."),
             _rule(
                 lengths < context,
@@ -118,6 +127,15 @@ class TextGenerator(tf.Module):
             `text`: strings `[batch]`, the continuation without special tokens; `token_ids`: int32
             `[batch, longest]`, filled up with -1; `num_tokens`: int32 `[batch]`.
         """
+        count = tf.size(prompts)
+        settings = (max_new_tokens, temperature, top_k, top_p, seed)
+        rules = [_rule(count > 0, "There must be at least one prompt. Received: none.")]
+        for spec, value in zip(SIGNATURE[1:], settings, strict=True):
+            rule = f"`{spec.name}` must have one value per prompt. Received: {{}} values, {{}} prompts."
+            rules.append(_rule(tf.size(value) == count, rule, tf.size(value), count))
+        prompts, settings = _after(rules, (prompts, settings))
+        max_new_tokens, temperature, top_k, top_p, seed = settings
+
         token_ids = self.encode_prompts(prompts)
         if fit_to_context:
             lengths = tf.cast(token_ids.row_lengths(), tf.int32)
@@ -154,7 +172,7 @@ class TextGenerator(tf.Module):
         """
         lengths = tf.cast(token_ids.row_lengths(), tf.int32)
         context = self.model.config.context_length
-        too_many = lengths + max_new_tokens > context
+        too_many = max_new_tokens > context - lengths  # a sum could overflow
         rules = [
             _rule(
                 ~too_many,

@@ -52,7 +52,9 @@ def choose_tokens(
     def sample():
         vocabulary = tf.shape(logits)[-1]
         sampled = temperature > 0
-        scaled = logits / tf.where(sampled, temperature, 1.0)[:, None]
+        # Below the largest score, so that a tiny temperature cannot overflow.
+        below = logits - tf.reduce_max(logits, axis=-1, keepdims=True)
+        scaled = below / tf.where(sampled, temperature, 1.0)[:, None]
         ordered, ids = tf.math.top_k(scaled, k=vocabulary)
         limit = tf.where(top_k > 0, tf.minimum(top_k, vocabulary), vocabulary)[:, None]
         in_top_k = tf.range(vocabulary)[None] < limit

@@ -265,7 +265,9 @@ class MultiHeadAttention(keras.layers.Layer):
         self.output_bias = use_bias if output_bias is None else output_bias
         self.dropout = dropout
         self.initializer_range = initializer_range
-        self.output_initializer_range = output_initializer_range or initializer_range
+        self.output_initializer_range = (
+            initializer_range if output_initializer_range is None else output_initializer_range
+        )
 
         def dense(name, units, use_bias, initializer_range):
             return keras.layers.Dense(

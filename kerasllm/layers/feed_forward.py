@@ -38,7 +38,9 @@ class _FeedForward(keras.layers.Layer):
         self.use_bias = use_bias
         self.dropout = dropout
         self.initializer_range = initializer_range
-        self.output_initializer_range = output_initializer_range or initializer_range
+        self.output_initializer_range = (
+            initializer_range if output_initializer_range is None else output_initializer_range
+        )
         self.dropout_layer = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
 
     def build(self, input_shape):

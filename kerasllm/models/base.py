@@ -80,9 +80,17 @@ class ModelConfig:
         fields = {}
         for name, value in values.items():
             if name in cls.huggingface_names:
-                if name == "activation_function":
+                field = cls.huggingface_names[name]
+                if field == "activation":
                     value = HUGGINGFACE_ACTIVATIONS.get(value, value)
-                fields[cls.huggingface_names[name]] = value
+                if fields.setdefault(field, value) != value:
+                    same = [
+                        other for other in cls.huggingface_names if cls.huggingface_names[other] == field
+                    ]
+                    raise ValueError(
+                        f"{same} must be equal, for {cls.__name__} has one `{field}`. "
+                        f"Received: {fields[field]!r} and {value!r}"
+                    )
             elif name in cls.huggingface_fixed:
                 if value != (fixed := cls.huggingface_fixed[name]):
                     raise ValueError(
@@ -98,10 +106,11 @@ class ModelConfig:
     def to_huggingface(self) -> dict[str, Any]:
         """Returns what a Hugging Face `config.json` says of the model's computation."""
         activations = {ours: theirs for theirs, ours in HUGGINGFACE_ACTIVATIONS.items()}
-        values = {name: getattr(self, field) for name, field in self.huggingface_names.items()}
-        if "activation_function" in values:
-            values["activation_function"] = activations[values["activation_function"]]
-        return {**self.huggingface_fixed, **values}
+        values = dict(self.huggingface_fixed)
+        for name, field in self.huggingface_names.items():
+            value = getattr(self, field)
+            values[name] = activations[value] if field == "activation" else value
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a dictionary that `from_dict` takes."""

@@ -40,6 +40,8 @@ class GPT2Config(ModelConfig):
         "n_inner": "intermediate_dim",
         "activation_function": "activation",
         "use_bias": "use_bias",
+        "attn_pdrop": "dropout",
+        "embd_pdrop": "dropout",
         "resid_pdrop": "dropout",
         "layer_norm_epsilon": "layer_norm_epsilon",
         "tie_word_embeddings": "tie_embeddings",
@@ -50,10 +52,9 @@ class GPT2Config(ModelConfig):
         "scale_attn_by_inverse_layer_idx": False,
         "scale_attn_weights": True,
     }
-    # The `summary_*` names belong to a head of another task; upcasting is what the layers always do;
-    # the two other dropouts are not told apart here.
+    # The `summary_*` names belong to a head of another task; upcasting is what the layers always do.
     huggingface_ignored: ClassVar[frozenset[str]] = frozenset(
-        "attn_pdrop embd_pdrop n_ctx reorder_and_upcast_attn summary_activation "
+        "n_ctx reorder_and_upcast_attn summary_activation "
         "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj".split()
     )
 
@@ -135,7 +136,7 @@ class GPT2(LanguageModel):
             DecoderBlock(
                 config.dim,
                 config.num_heads,
-                config.intermediate_dim or 4 * config.dim,
+                4 * config.dim if config.intermediate_dim is None else config.intermediate_dim,
                 norm_epsilon=config.layer_norm_epsilon,
                 activation=config.activation,
                 use_bias=config.use_bias,

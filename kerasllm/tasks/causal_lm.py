@@ -5,6 +5,8 @@ import functools
 import os
 import pathlib
 import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +16,14 @@ import tensorflow as tf
 from kerasllm.checkpoints import load_folder, save_folder
 from kerasllm.data import language_model_dataset
 from kerasllm.export import export_litert, export_saved_model
-from kerasllm.generation import SIGNATURE, GenerationConfig, TextGenerator, batch_settings
+from kerasllm.files import new_file
+from kerasllm.generation import (
+    SIGNATURE,
+    GenerationConfig,
+    TextGenerator,
+    batch_settings,
+    check_vocabularies,
+)
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 from kerasllm.training import TokenWeightedTraining
@@ -47,12 +56,10 @@ class CausalLM(TokenWeightedTraining, keras.Model):
         generation_config: GenerationConfig | None = None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        if tokenizer is not None and tokenizer.vocabulary_size > model.config.vocabulary_size:
-            raise ValueError(
-                "The model's vocabulary must hold every id of the tokenizer. Received: a tokenizer of "
-                f"{tokenizer.vocabulary_size} tokens, a model of {model.config.vocabulary_size}"
-            )
+        # The network's precision is the task's, for Keras asks the task whether to scale the loss.
+        super().__init__(**{"dtype": model.dtype_policy, **kwargs})
+        if tokenizer is not None:
+            check_vocabularies(model, tokenizer)
         self.model = model
         self.tokenizer = tokenizer
         self.generation_config = generation_config or GenerationConfig()
@@ -146,7 +153,25 @@ class CausalLM(TokenWeightedTraining, keras.Model):
                 f"its own. Received: batch_size={batch_size}, sequence_length={sequence_length}, "
                 f"shuffle={shuffle}"
             )
-        return x
+        return x.map(self._check_batch, num_parallel_calls=tf.data.AUTOTUNE)
+
+    @tf.autograph.experimental.do_not_convert
+    def _check_batch(self, *batch):
+        """Checks a batch in the input pipeline, for XLA reads past the end of a table in silence."""
+        if len(batch) != 3:
+            raise ValueError(
+                f"A batch must be (token_ids, labels, weights). Received: {len(batch)} elements"
+            )
+        config = self.model.config
+        rules = [
+            (tf.shape(batch[0])[-1] <= config.context_length, ["A sequence must fit into the context"]),
+            (tf.reduce_max(batch[0]) < config.vocabulary_size, ["An id must be in the vocabulary"]),
+            (tf.reduce_min(batch[0]) >= 0, ["An id must be in the vocabulary"]),
+            (tf.reduce_max(batch[1]) < config.vocabulary_size, ["A label must be in the vocabulary"]),
+            (tf.reduce_min(batch[1]) >= 0, ["A label must be in the vocabulary"]),
+        ]
+        with tf.control_dependencies([tf.debugging.Assert(*rule) for rule in rules]):
+            return tuple(tf.identity(part) for part in batch)
 
     # Generation
 
@@ -232,14 +257,16 @@ class CausalLM(TokenWeightedTraining, keras.Model):
 
     def _generate_function(self, fit_to_context: bool):
         """The generation as a graph, traced once for any number of prompts."""
-        if fit_to_context not in self._generate_functions:
-            generator = TextGenerator(self.model, self._require_tokenizer())
-            self._generate_functions[fit_to_context] = tf.function(
+        tokenizer = self._require_tokenizer()
+        key = (fit_to_context, id(tokenizer))  # whoever sets another tokenizer gets another graph
+        if key not in self._generate_functions:
+            generator = TextGenerator(self.model, tokenizer)
+            self._generate_functions[key] = tf.function(
                 functools.partial(generator.generate_text, fit_to_context=fit_to_context),
                 input_signature=SIGNATURE,
                 autograph=False,
             )
-        return self._generate_functions[fit_to_context]
+        return self._generate_functions[key]
 
     # Saving and loading
 
@@ -267,6 +294,22 @@ class CausalLM(TokenWeightedTraining, keras.Model):
         if pathlib.Path(folder, "tokenizer.json").is_file():
             self.tokenizer = Tokenizer.from_folder(folder)
 
+    def save(self, filepath: str | os.PathLike, overwrite: bool = True, **kwargs) -> None:
+        """Writes a `.keras` file with the tokenizer and the optimizer, whole or not at all.
+
+        Args:
+            filepath: The file, ending in `.keras`.
+            overwrite: Whether a file that is there may be replaced.
+            **kwargs: As in Keras.
+
+        Raises:
+            FileExistsError: If the file exists and must not be replaced.
+        """
+        if not overwrite and os.path.exists(filepath):
+            raise FileExistsError(f"`overwrite` is False and the file exists. Received: {filepath}")
+        with new_file(filepath) as temporary:
+            super().save(temporary, **kwargs)
+
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CausalLM":
         """Loads what `save` or `save_pretrained` wrote.
@@ -288,7 +331,7 @@ class CausalLM(TokenWeightedTraining, keras.Model):
             raise FileNotFoundError(f"There is no model at: {path}")
         try:
             model = keras.models.load_model(path)
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"Not a .keras file, or a damaged one: {path} ({error})") from error
         if not isinstance(model, cls):
             raise ValueError(f"The file must hold a {cls.__name__}. Received: {type(model).__name__}")
@@ -323,6 +366,12 @@ class CausalLM(TokenWeightedTraining, keras.Model):
             FileNotFoundError, ValueError: As `kerasllm.checkpoints.load_folder`.
         """
         model, tokenizer, generation = load_folder(folder, dtype)
+        wanted = generation.get("eos_token_id")
+        if tokenizer is not None and wanted not in (None, tokenizer.eos_id):
+            raise ValueError(
+                "The end token of generation_config.json must be the tokenizer's. "
+                f"Received: {wanted} and {tokenizer.eos_id}"
+            )
         return cls(model, tokenizer, GenerationConfig.from_huggingface(generation))
 
     def export(self, path: str | os.PathLike, **kwargs) -> pathlib.Path:

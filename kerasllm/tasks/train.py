@@ -1,7 +1,10 @@
 """A run from its configuration: texts, tokenizer, model, training."""
 
+import contextlib
 import dataclasses
 import math
+import os
+import pathlib
 from typing import NamedTuple
 
 import keras
@@ -39,7 +42,7 @@ class TrainingResult(NamedTuple):
     validation: list[str]
 
 
-def train(run: RunConfig, log_path: str | None = None) -> TrainingResult:
+def train(run: RunConfig, log_path: str | os.PathLike | None = None) -> TrainingResult:
     """Trains a model.
 
     Args:
@@ -54,6 +57,11 @@ def train(run: RunConfig, log_path: str | None = None) -> TrainingResult:
     """
     keras.utils.set_random_seed(run.seed)
     settings = run.training
+    if settings.sequence_length > run.model.context_length:
+        raise ValueError(
+            "`training.sequence_length` must be at most `model.context_length`. Received: "
+            f"{settings.sequence_length} and {run.model.context_length}"
+        )
     if run.data.paths is None:
         documents = generate_stories(run.data.stories, run.seed)
     else:
@@ -61,18 +69,6 @@ def train(run: RunConfig, log_path: str | None = None) -> TrainingResult:
     training, validation = split_documents(documents, run.data.validation_fraction, run.seed)
     tokenizer = train_tokenizer(run.tokenizer.kind, training, run.tokenizer.vocabulary_size)
     model_config = dataclasses.replace(run.model, vocabulary_size=tokenizer.vocabulary_size)
-    if settings.sequence_length > model_config.context_length:
-        raise ValueError(
-            "`training.sequence_length` must be at most `model.context_length`. Received: "
-            f"{settings.sequence_length} and {model_config.context_length}"
-        )
-    validate_every = min(settings.validate_every, settings.steps)
-    if settings.steps % validate_every:
-        raise ValueError(
-            "`training.validate_every` must divide `training.steps`. Received: "
-            f"{settings.validate_every} and {settings.steps}"
-        )
-
     train_ids, train_lengths = tokenize_documents(training, tokenizer)
     validation_ids, _ = tokenize_documents(validation, tokenizer)
     batches = windows_dataset(
@@ -97,17 +93,44 @@ def train(run: RunConfig, log_path: str | None = None) -> TrainingResult:
     )
     progress = TrainingProgress(settings.steps, settings.batch_size * settings.sequence_length, log_path)
     # Keras's epochs are the stretches between two validations.
-    model.fit(
-        batches,
-        epochs=settings.steps // validate_every,
-        steps_per_epoch=validate_every,
-        validation_data=validation_batches,
-        callbacks=[progress],
-        verbose=0,
-    )
+    validate_every = min(settings.validate_every or settings.steps, settings.steps)
+    with contextlib.closing(progress):
+        model.fit(
+            batches,
+            epochs=settings.steps // validate_every,
+            steps_per_epoch=validate_every,
+            validation_data=validation_batches,
+            callbacks=[progress],
+            verbose=0,
+        )
     perplexity = math.exp(progress.validation_losses[-1][1])
     baselines = {
         name: ngram_perplexity(train_ids, validation_ids, tokenizer.vocabulary_size, order)
         for name, order in (("unigram", 1), ("bigram", 2))
     }
     return TrainingResult(model, progress, perplexity, baselines, validation)
+
+
+def train_to_folder(run: RunConfig) -> TrainingResult:
+    """Trains a model and writes it into the run's `output`, with the log and a plot.
+
+    Args:
+        run: The configuration.
+
+    Returns:
+        The model and how it did. In the folder: what `CausalLM.save_pretrained` writes,
+        `training.jsonl` and `loss.png`.
+
+    Raises:
+        FileExistsError: If the folder holds a model.
+        FileNotFoundError, ValueError: If the texts or settings do not serve.
+    """
+    output = pathlib.Path(run.output)
+    if (output / "config.json").exists():
+        raise FileExistsError(f"A run never overwrites a model; choose another folder. Received: {output}")
+    output.mkdir(parents=True, exist_ok=True)
+    result = train(run, output / "training.jsonl")
+    baselines = {name: math.log(perplexity) for name, perplexity in result.baselines.items()}
+    result.progress.plot(output / "loss.png", baselines)
+    result.model.save_pretrained(output)
+    return result

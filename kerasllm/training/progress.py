@@ -16,7 +16,8 @@ from kerasllm.files import new_file
 class TrainingProgress(keras.callbacks.Callback):
     """Shows loss, perplexity, tokens per second and the time left, and logs them as JSON lines.
 
-    On a terminal it is a bar; elsewhere a line every tenth of the way.
+    On a terminal it is a bar; elsewhere a line every tenth of the way. The losses of the steps are exact
+    where all steps have the same number of tokens, as with a dataset that repeats.
 
     Args:
         total_steps: Updates of the whole training.
@@ -33,9 +34,10 @@ class TrainingProgress(keras.callbacks.Callback):
         self.train_losses: list[tuple[int, float]] = []
         self.validation_losses: list[tuple[int, float]] = []
         self._console = rich.console.Console(stderr=True)
+        self._bar = self._log = None
 
     def on_train_begin(self, logs=None):
-        self._log = open(self.log_path, "a", encoding="utf-8") if self.log_path else None
+        self._log = open(self.log_path, "w", encoding="utf-8") if self.log_path else None
         self._loss_sum = 0.0  # of the running epoch, whose mean Keras reports
         self._epoch_steps = 0
         self._begin = None
@@ -84,7 +86,12 @@ class TrainingProgress(keras.callbacks.Callback):
             )
 
     def on_train_end(self, logs=None):
-        self._bar.stop()
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar and the log; also for a training that was interrupted, where Keras calls nothing."""
+        if self._bar is not None:
+            self._bar.stop()  # gives the terminal its cursor back
         if self._log:
             self._log.close()
 

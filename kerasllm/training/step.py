@@ -51,8 +51,7 @@ class TokenWeightedTraining:
         variables = [variable.value for variable in self.trainable_weights]
         with tf.GradientTape() as tape:
             logits = self(token_ids, training=True)
-            total, count = next_token_loss(logits, labels, weights)
-            loss = total / ops.maximum(count, 1.0)
+            loss, count = self._mean_loss(logits, labels, weights)
             scaled = self.optimizer.scale_loss(loss)
         # Dense: TensorFlow hands out the gradient of a lookup as rows that may repeat, and an
         # optimizer or a norm over those rows counts a repeated row wrongly.
@@ -64,9 +63,14 @@ class TokenWeightedTraining:
         """Measures the loss on one batch; Keras calls it."""
         token_ids, labels, weights = data
         logits = self(token_ids, training=False)
-        total, count = next_token_loss(logits, labels, weights)
-        loss = total / ops.maximum(count, 1.0)
+        loss, count = self._mean_loss(logits, labels, weights)
         return self._results(token_ids, labels, weights, logits, loss, count)
+
+    @staticmethod
+    def _mean_loss(logits, labels, weights):
+        """The loss per token, 0 for a batch without any, and the number of tokens."""
+        total, count = next_token_loss(logits, labels, weights)
+        return ops.divide_no_nan(total, count), count
 
     def _results(self, token_ids, labels, weights, logits, loss, count):
         self._loss_tracker.update_state(loss, sample_weight=count)

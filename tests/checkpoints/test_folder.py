@@ -100,6 +100,7 @@ def damaged(tmp_path):
         ({"model_type": "gpt9"}, "gpt9"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=False. Received"),
         ({"sliding_window": 5}, "sliding_window=5"),
+        ({"attn_pdrop": 0.5}, "must be equal, for GPT2Config has one `dropout`"),
         ({"activation_function": "tanh"}, "tanh"),
         ({"n_layer": 3}, "Missing"),
         ({"n_embd": 10}, r"must fill .* of shape"),
@@ -143,6 +144,20 @@ def test_loading_in_half_precision(tmp_path):
     loaded, _, _ = load_folder(tmp_path, dtype="bfloat16")
     assert {weight.dtype for weight in loaded.weights} == {"bfloat16"}
     np.testing.assert_allclose(np.asarray(loaded(IDS), "float32"), make_model()(IDS), atol=0.3)
+
+
+def test_a_second_save_leaves_nothing_of_the_first(tmp_path, causal_lm):
+    causal_lm.save_pretrained(tmp_path)
+    save_folder(tmp_path, make_model(), None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_end_tokens_must_agree(tmp_path, causal_lm):
+    causal_lm.save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 7}))
+    with pytest.raises(ValueError, match="end token of generation_config.json .*Received: 7 and 0"):
+        CausalLM.from_pretrained(tmp_path)
 
 
 def test_causal_lm_folder(tmp_path, causal_lm):

@@ -81,7 +81,7 @@ def test_generator_fills_the_cache_to_the_end(tflite, causal_lm):
         generator.generate_ids("")
 
 
-def test_generator_needs_no_tensorflow(tflite):
+def test_the_module_itself_needs_no_tensorflow(tflite):
     code = (
         "import sys; sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
         "import importlib.util\n"
@@ -134,5 +134,8 @@ def test_half_precision_is_refused(tokenizer, tmp_path):
 
 
 def test_never_overwrites(tflite, causal_lm):
-    with pytest.raises(FileExistsError, match="never overwrites"):
-        causal_lm.export(tflite)
+    before = {path.name: path.read_bytes() for path in tflite.parent.iterdir()}
+    for name in (tflite.name, "another.tflite"):  # another would take the tokenizer away
+        with pytest.raises(FileExistsError, match="a folder of its own"):
+            causal_lm.export(tflite.parent / name)
+    assert {path.name: path.read_bytes() for path in tflite.parent.iterdir()} == before

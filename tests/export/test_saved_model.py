@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kerasllm import Tokenizer
+from kerasllm import GPT2, CausalLM, GenerationConfig, GPT2Config, Tokenizer, train_tokenizer
 
 PROMPTS = ["Once upon a time", "The", "Mia found a small red box in the garden and"]
 
@@ -45,9 +45,25 @@ def test_generate_equals_the_live_model(loaded, causal_lm, settings):
         np.testing.assert_array_equal(outputs[name].numpy(), live[name].numpy())
 
 
-def test_no_special_token_in_the_text(loaded, causal_lm):
-    many = causal_lm.generate_tokens(["The"] * 40, 40, temperature=3.0)
-    assert not any(b"<|endoftext|>" in text for text in many["text"].numpy())
+def test_no_special_token_in_the_text(stories, tmp_path):
+    """A model that says nothing but special tokens says nothing."""
+    tokenizer = train_tokenizer("byte_bpe", stories[:9], 300, special_tokens=("<|endoftext|>", "<|tool|>"))
+    config = GPT2Config(vocabulary_size=300, context_length=64, num_layers=1, num_heads=2, dim=8)
+    model = CausalLM(GPT2(config), tokenizer, GenerationConfig(max_new_tokens=3))
+    model.model.final_norm.scale.assign([0.0] * 8)
+    model.model.final_norm.bias.assign([1.0] * 8)  # the same state everywhere, so the same scores
+    table = np.zeros((300, 8), "float32")
+    table[tokenizer.token_to_id("<|tool|>")] = 1
+    model.model.token_embedding.embeddings.assign(table)
+    served = tf.saved_model.load(str(model.export(tmp_path / "1"))).signatures
+    one = {name: value[:1] for name, value in inputs(max_new_tokens=3).items()}
+    outputs = served["generate"](**one)
+    assert outputs["token_ids"].numpy().tolist() == [[tokenizer.token_to_id("<|tool|>")] * 3]
+    assert outputs["text"].numpy().tolist() == [b""]
+    assert served["serving_default"](prompt=tf.constant(["a"]))["text"].numpy().tolist() == [b""]
+    # And one that ends at once.
+    model.model.token_embedding.embeddings.assign(np.roll(table, tokenizer.eos_id - 1, axis=0))
+    assert model.generate_tokens(["a"])["token_ids"].shape == (1, 0)
 
 
 def test_runs_in_graph_mode_without_kerasllm(served, causal_lm):
@@ -74,13 +90,32 @@ print(json.dumps([text.decode() for text in texts]))
         ("x " * 300, {}, "shorter than the context of 64 tokens. Received: a prompt of"),
         ("", {}, "at least one token"),
         ("a", {"max_new_tokens": 64}, "must fit into the context of 64 tokens"),
+        ("a", {"max_new_tokens": 2**31 - 1}, "must fit into the context of 64 tokens"),
+        ("a", {"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
+        ("a", {"temperature": -1.0}, "`temperature` must be at least 0"),
+        ("a", {"top_k": -1}, "`top_k` must be at least 0"),
         ("a", {"top_p": 0.0}, "`top_p` must be above 0"),
+        ("a", {"top_p": float("nan")}, "`top_p` must be above 0"),
     ],
 )
 def test_bad_input_is_an_invalid_argument(loaded, prompt, settings, message):
     arguments = {name: value[:1] for name, value in inputs(**settings).items()}
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         loaded.signatures["generate"](**{**arguments, "prompt": tf.constant([prompt])})
+
+
+def test_settings_must_be_one_per_prompt(loaded):
+    generate = loaded.signatures["generate"]
+    for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed"):
+        values = inputs()
+        with pytest.raises(
+            tf.errors.InvalidArgumentError, match=f"`{name}` must have one value per prompt"
+        ):
+            generate(**{**values, name: values[name][:1]})
+    with pytest.raises(tf.errors.InvalidArgumentError, match="one value per prompt. Received: 3 values, 1"):
+        generate(**{**inputs(), "prompt": tf.constant(["a"])})
+    with pytest.raises(tf.errors.InvalidArgumentError, match="at least one prompt"):
+        generate(**{name: value[:0] for name, value in inputs().items()})
 
 
 def test_assets_extra(served, causal_lm):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kerasllm import GPT2, CausalLM, GPT2Config
+from kerasllm import GPT2, CausalLM, GenerationConfig, GPT2Config, train_tokenizer
 
 PROMPTS = ["Once upon a time", "The", "Mia and Tom went to the big garden by the sea. They were"]
 
@@ -82,17 +82,35 @@ def test_fills_the_context_exactly(causal_lm):
     context = causal_lm.model.config.context_length
     prompt = "The garden was green and the sun was warm."
     room = context - len(causal_lm.tokenizer.encode(prompt))
-    config = causal_lm.generate_tokens([prompt], max_new_tokens=room)
-    assert config["num_tokens"].numpy()[0] <= room
+    outputs = causal_lm.generate_tokens([prompt], max_new_tokens=room)
+    assert ids_of(outputs)[0] == greedy_reference(causal_lm, prompt, room)
     with pytest.raises(ValueError, match=rf"context of {context} tokens.*max_new_tokens={room + 1}"):
         causal_lm.generate(prompt, max_new_tokens=room + 1)
 
 
 def test_default_number_of_tokens_shrinks_to_the_room(causal_lm):
-    words = "the sun " * 40
-    ids = causal_lm.tokenizer.encode(words)[: causal_lm.model.config.context_length - 3]
-    prompt = causal_lm.tokenizer.decode(ids)
-    assert causal_lm.generate_tokens([prompt])["num_tokens"].numpy()[0] <= 3 + 1
+    context = causal_lm.model.config.context_length
+    for left in (1, 3):
+        prompt = "z" * (context - left)  # too rare to be merged: a token each
+        assert len(causal_lm.tokenizer.encode(prompt)) == context - left
+        assert ids_of(causal_lm.generate_tokens([prompt]))[0] == greedy_reference(causal_lm, prompt, left)
+
+
+def test_current_settings_and_tokenizer_count(tokenizer, stories):
+    config = GPT2Config(vocabulary_size=400, context_length=32, num_layers=1, num_heads=2, dim=16)
+    causal_lm = CausalLM(GPT2(config), tokenizer, GenerationConfig(max_new_tokens=5))
+    assert causal_lm.generate_tokens(["a"])["num_tokens"].numpy()[0] == 5
+    causal_lm.generation_config = GenerationConfig(max_new_tokens=2)
+    assert causal_lm.generate_tokens(["a"])["num_tokens"].numpy()[0] == 2
+    causal_lm.tokenizer = train_tokenizer("character", stories[:9])
+    assert causal_lm.generate("a") == causal_lm.tokenizer.decode(greedy_reference(causal_lm, "a", 2))
+
+
+def test_without_an_end_token(stories):
+    tokenizer = train_tokenizer("byte_bpe", stories[:9], 300, special_tokens=())
+    config = GPT2Config(vocabulary_size=300, context_length=16, num_layers=1, num_heads=2, dim=8)
+    causal_lm = CausalLM(GPT2(config), tokenizer)
+    assert causal_lm.generate_tokens(["a"], 7)["num_tokens"].numpy()[0] == 7
 
 
 def test_string_in_string_out(causal_lm):
@@ -114,6 +132,7 @@ def test_specials_in_a_prompt_are_plain_text(causal_lm):
     [
         ("", {}, "at least one token. Received: an empty prompt"),
         ("x " * 500, {}, r"shorter than the context of 64 tokens. Received: a prompt of \d{3,} tokens"),
+        ("a", {"max_new_tokens": 2**31 - 1}, r"must fit into the context of 64 tokens.*2147483647"),
         ("a", {"max_new_tokens": 0}, "`max_new_tokens` must be at least 1. Received: .*0"),
         ("a", {"temperature": -0.5}, "`temperature` must be at least 0. Received: .*-0.5"),
         ("a", {"top_k": -2}, "`top_k` must be at least 0. Received: .*-2"),

@@ -95,14 +95,29 @@ def test_keras_file_without_tokenizer(tmp_path, tokenizer):
 def test_damaged_or_missing_files(tmp_path, tokenizer):
     path = tmp_path / "model.keras"
     small(tokenizer).save(path)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="damaged"):
-        CausalLM.load(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:2000], b"", whole[:900] + bytes(200) + whole[1100:], whole[:-900] + bytes(900)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            CausalLM.load(path)
     keras.Sequential([keras.layers.Dense(1)]).save(path)
     with pytest.raises(ValueError, match="must hold a CausalLM. Received: Sequential"):
         CausalLM.load(path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         CausalLM.load(tmp_path / "nowhere")
+
+
+def test_failed_save_keeps_the_file(tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "model.keras"
+    model = small(tokenizer)
+    model.save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(CausalLM, "save_assets", lambda self, folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.keras"]
+    with pytest.raises(FileExistsError):
+        model.save(path, overwrite=False)
 
 
 def test_in_mixed_precision(tokenizer, stories):

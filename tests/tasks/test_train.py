@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from kerasllm.config import load_run_config
-from kerasllm.tasks.train import train
+from kerasllm.tasks import CausalLM
+from kerasllm.tasks.train import train, train_to_folder
 
 SMALL = [
     "output=unused",
@@ -39,6 +40,18 @@ def test_perplexity_is_that_of_evaluate(result):
     assert again["perplexity"] == pytest.approx(result.perplexity, rel=1e-4)
 
 
+def test_to_folder(tmp_path):
+    settings = [*SMALL, "training.steps=2", f"output={tmp_path / 'run'}"]
+    run = load_run_config(None, settings)
+    result = train_to_folder(run)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "training.jsonl", "loss.png"):
+        assert (tmp_path / "run" / name).is_file()
+    loaded = CausalLM.load(tmp_path / "run")
+    assert loaded.generate("The", max_new_tokens=4) == result.model.generate("The", max_new_tokens=4)
+    with pytest.raises(FileExistsError, match="never overwrites a model"):
+        train_to_folder(run)
+
+
 def test_same_seed_same_run():
     short = [*SMALL, "training.steps=3", "training.validate_every=3"]
     first, second, other = (
@@ -60,6 +73,5 @@ def test_settings_that_contradict_each_other():
     long = dataclasses.replace(run.training, sequence_length=64)
     with pytest.raises(ValueError, match="64 and 32"):
         train(dataclasses.replace(run, training=long))
-    uneven = dataclasses.replace(run.training, validate_every=25)
-    with pytest.raises(ValueError, match="25 and 60"):
-        train(dataclasses.replace(run, training=uneven))
+    with pytest.raises(ValueError, match="validate_every=25, steps=60"):
+        dataclasses.replace(run.training, validate_every=25)

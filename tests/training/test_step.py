@@ -85,6 +85,33 @@ def test_evaluation_counts_every_token_once():
     )
 
 
+def test_weights_may_be_small():
+    model = make_model()
+    batches = make_batches(rows=4)
+    small = batches.map(lambda ids, labels, weights: (ids, labels, 0.01 * weights))
+    nothing = batches.map(lambda ids, labels, weights: (ids, labels, 0.0 * weights))
+    results = model.evaluate(batches, verbose=0)
+    assert model.evaluate(small, verbose=0)["loss"] == pytest.approx(results["loss"], rel=1e-5)
+    assert model.evaluate(nothing, verbose=0)["loss"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids, labels, weights: (ids + 30, labels, weights), "An id must be in the vocabulary"),
+        (lambda ids, labels, weights: (ids, labels - 9, weights), "A label must be in the vocabulary"),
+        (lambda *batch: tuple(tf.tile(part, [1, 2]) for part in batch), "must fit into the context"),
+    ],
+)
+def test_batches_that_xla_would_misread_are_refused(change, message):
+    model = make_model()
+    model.compile(jit_compile=True)
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=message):
+        model.fit(make_batches().map(change), verbose=0)
+    with pytest.raises(ValueError, match="Received: 2 elements"):
+        model.fit(make_batches().map(lambda ids, labels, weights: (ids, labels)), verbose=0)
+
+
 def test_compiled_equals_eager():
     finals = []
     for settings in ({"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}):
@@ -103,10 +130,9 @@ def test_compiled_equals_eager():
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_learns(dtype):
     model = make_model(dtype=dtype)
-    optimizer = AdamW(1e-2)
-    if dtype == "mixed_float16":
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    model.compile(optimizer)
+    model.compile(AdamW(1e-2))
+    scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert scaled == (dtype == "mixed_float16")  # without it small gradients are lost
     losses = model.fit(make_batches(), epochs=6, verbose=0).history["loss"]
     assert losses[-1] < losses[0] - 0.5
     assert all(weight.dtype == "float32" for weight in model.trainable_weights)
