@@ -21,6 +21,16 @@ examples:
   kerasllm doctor
 """
 
+_TRAIN_HELP = """\
+The file and the settings have the same names; a wrong one is answered with the list of all. Some:
+  output=runs/mine                 where model, log and plot go
+  data.paths=[moby.txt, texts/]    text files and folders (default: stories made by the library)
+  tokenizer.kind=character         or byte_bpe, word; tokenizer.vocabulary_size=4096
+  model.num_layers=6 model.dim=256 model.num_heads=4 model.context_length=256
+  training.steps=2000 training.batch_size=16 training.sequence_length=256
+  training.learning_rate=0.001 training.precision=mixed_bfloat16
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
@@ -75,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = add("train", _train, "train a model from a configuration")
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = _TRAIN_HELP
     command.add_argument("--config", metavar="FILE", help="YAML file; configs/ holds some")
     command.add_argument(
         "settings", nargs="*", metavar="key=value", help="settings that go before the file's"

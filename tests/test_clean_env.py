@@ -10,7 +10,12 @@ import urllib.request
 
 import pytest
 
-pytestmark = [pytest.mark.clean_env, pytest.mark.timeout(1800)]
+# One group: with --dist=loadgroup one process builds the environment and runs them all.
+pytestmark = [
+    pytest.mark.clean_env,
+    pytest.mark.timeout(1800),
+    pytest.mark.xdist_group("clean_env"),
+]
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ["Once upon a time", "The"]

@@ -20,7 +20,7 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
     for example in EXAMPLES:
         exec(compile(example, "README.md", "exec"), names)  # noqa: S102
     printed = capsys.readouterr().out
-    assert "perplexity" in printed and "dtype=object" in printed
+    assert "perplexity" in printed and "dtype=string" in printed
     for path in (
         "model.keras",
         "model/config.json",

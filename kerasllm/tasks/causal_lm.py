@@ -100,7 +100,8 @@ class CausalLM(TokenWeightedTraining, keras.Model):
             self.compile()
         validation = kwargs.pop("validation_data", None)
         if validation is not None:
-            kwargs["validation_data"] = self._batches(validation, None, batch_size, sequence_length)
+            sizes = (batch_size, sequence_length) if self._holds_texts(validation) else (None, None)
+            kwargs["validation_data"] = self._batches(validation, None, *sizes)
         shuffle = kwargs.pop("shuffle", None)
         x = self._batches(x, y, batch_size, sequence_length, shuffle, default_shuffle=True)
         return super().fit(x, shuffle=False, **kwargs)
@@ -124,17 +125,17 @@ class CausalLM(TokenWeightedTraining, keras.Model):
         # Keras calls this from fit with batches and asks for what fit needs.
         return super().evaluate(self._batches(x, y, batch_size, sequence_length), **kwargs)
 
+    @staticmethod
+    def _holds_texts(x) -> bool:
+        if isinstance(x, tf.data.Dataset):
+            return getattr(x.element_spec, "dtype", None) == tf.string
+        return isinstance(x, (list, tuple)) and all(isinstance(text, str) for text in x)
+
     def _batches(self, x, y, batch_size, sequence_length, shuffle=None, default_shuffle=False):
         """Turns texts into batches; leaves batches as they are."""
         if y is not None:
             raise ValueError("The labels are the tokens that follow; leave `y` out.")
-        is_dataset = isinstance(x, tf.data.Dataset)
-        holds_texts = (
-            getattr(x.element_spec, "dtype", None) == tf.string
-            if is_dataset
-            else isinstance(x, (list, tuple)) and all(isinstance(text, str) for text in x)
-        )
-        if holds_texts:
+        if self._holds_texts(x):
             return language_model_dataset(
                 x,
                 self._require_tokenizer(),
@@ -142,7 +143,7 @@ class CausalLM(TokenWeightedTraining, keras.Model):
                 batch_size or 32,
                 shuffle=default_shuffle if shuffle is None else shuffle,
             )
-        if not is_dataset:
+        if not isinstance(x, tf.data.Dataset):
             raise TypeError(
                 "`x` must be a list of texts, a tf.data.Dataset of texts, or one of (token_ids, labels, "
                 f"weights) batches. Received: {type(x).__name__}"

@@ -27,8 +27,8 @@ def test_fit_on_strings_learns_them_by_heart(tokenizer):
     model = small(tokenizer, dim=32, context_length=64)
     text = "The quick brown fox jumps over the lazy dog and runs away."
     model.compile(keras.optimizers.Adam(1e-2))
-    model.fit([text], sequence_length=16, epochs=80, verbose=0)
-    assert model.evaluate([text], sequence_length=16, verbose=0)["perplexity"] < 1.2
+    model.fit([text], epochs=60, verbose=0)
+    assert model.evaluate([text], verbose=0)["perplexity"] < 1.2
     assert "The quick brown fox" + model.generate("The quick brown fox", max_new_tokens=40) == text
 
 
