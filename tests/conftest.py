@@ -46,7 +46,21 @@ def served(causal_lm, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tflite(causal_lm, tmp_path_factory):
-    return causal_lm.export(
-        tmp_path_factory.mktemp("litert") / "model.tflite", prefill_lengths=(4, 16), cache_length=48
-    )
+def random_lm(tokenizer):
+    """A GPT with large random weights: each token and each position changes what comes next."""
+    from reference.weights import randomize
+
+    from kerasllm import GPT2, CausalLM, GenerationConfig, GPT2Config
+
+    config = GPT2Config(vocabulary_size=400, context_length=64, num_layers=2, num_heads=4, dim=32)
+    model = randomize(GPT2(config))
+    positions = model.position_embedding.embeddings  # or a tied head would go on repeating one token
+    positions.assign(4 * positions)
+    return CausalLM(model, tokenizer, GenerationConfig(max_new_tokens=12))
+
+
+@pytest.fixture(scope="session")
+def tflite(random_lm, tmp_path_factory):
+    """`random_lm` as a LiteRT model whose cache is not a multiple of its prefill lengths."""
+    path = tmp_path_factory.mktemp("litert") / "model.tflite"
+    return random_lm.export(path, prefill_lengths=(4, 16), cache_length=46)

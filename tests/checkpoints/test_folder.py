@@ -120,6 +120,13 @@ def test_missing_and_left_over_tensors(damaged):
         load_folder(folder)
 
 
+def test_tensor_that_is_only_left_over(damaged):
+    folder, _, change_tensors = damaged
+    change_tensors(lambda tensors: tensors.update(extra=np.zeros(3, "float32")))
+    with pytest.raises(ValueError, match=r"Missing: \[\]. Left over: \['extra'\]"):
+        load_folder(folder)
+
+
 def test_damaged_files(damaged):
     folder, _, _ = damaged
     whole = (folder / "model.safetensors").read_bytes()

@@ -20,7 +20,7 @@ def interpreter(tflite):
     return tf.lite.Interpreter(str(tflite))
 
 
-def test_signatures_are_the_contract(interpreter, causal_lm):
+def test_signatures_are_the_contract(interpreter, random_lm):
     signatures = interpreter.get_signature_list()
     assert set(signatures) == {"prefill_4", "prefill_16", "decode"}
     caches = [f"kv_cache_{kind}_{layer}" for layer in range(2) for kind in "kv"]
@@ -29,8 +29,8 @@ def test_signatures_are_the_contract(interpreter, causal_lm):
         assert set(values["outputs"]) == {*caches, *(["logits"] if name == "decode" else [])}
     details = interpreter.get_signature_runner("prefill_4").get_input_details()
     shapes = {name: details[name]["shape"].tolist() for name in details}
-    assert shapes["tokens"] == [1, 4] and shapes["input_pos"] == [4] and shapes["mask"] == [1, 1, 4, 48]
-    assert shapes["kv_cache_k_0"] == [1, 4, 48, 8] and shapes["kv_cache_v_0"] == [1, 4, 8, 48]
+    assert shapes["tokens"] == [1, 4] and shapes["input_pos"] == [4] and shapes["mask"] == [1, 1, 4, 46]
+    assert shapes["kv_cache_k_0"] == [1, 4, 46, 8] and shapes["kv_cache_v_0"] == [1, 4, 8, 46]
 
 
 def test_builtin_ops_only(interpreter):
@@ -39,43 +39,43 @@ def test_builtin_ops_only(interpreter):
     assert not any(name.startswith(("Flex", "CUSTOM")) for name in names)
 
 
-def test_weights_are_inside_and_the_tied_table_once(tflite, causal_lm):
+def test_weights_are_inside_and_the_tied_table_once(tflite, random_lm):
     size = tflite.stat().st_size
-    assert 4 * causal_lm.count_params() < size < 1.3 * 4 * causal_lm.count_params() + 150_000
+    assert 4 * random_lm.count_params() < size < 1.3 * 4 * random_lm.count_params() + 150_000
 
 
-def test_logits_equal_the_model_s(interpreter, causal_lm):
-    ids = np.array(causal_lm.tokenizer.encode("The sun was warm and the"), "int32")
+def test_logits_equal_the_model_s(interpreter, random_lm):
+    ids = np.array(random_lm.tokenizer.encode("The sun was warm and the"), "int32")
     details = interpreter.get_signature_runner("decode").get_input_details()
     cache = {name: np.zeros(d["shape"], "float32") for name, d in details.items() if "kv" in name}
     runner = interpreter.get_signature_runner("decode")
     for position, token in enumerate(ids):
-        mask = np.where(np.arange(48) <= position, 0, -45824.0).astype("float32")[None, None, None]
+        mask = np.where(np.arange(46) <= position, 0, -45824.0).astype("float32")[None, None, None]
         outputs = runner(
             tokens=np.array([[token]], "int32"), input_pos=np.array([position], "int32"), mask=mask, **cache
         )
         cache = {name: outputs[name] for name in cache}
-    np.testing.assert_allclose(outputs["logits"][0, 0], causal_lm(ids[None])[0, -1], atol=1e-4)
+    np.testing.assert_allclose(outputs["logits"][0, 0], random_lm(ids[None])[0, -1], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_generator_gives_the_live_model_s_tokens(tflite, causal_lm, prompt):
-    live = causal_lm.generate_tokens([prompt], 10)
+def test_generator_gives_the_live_model_s_tokens(tflite, random_lm, prompt):
+    live = random_lm.generate_tokens([prompt], 10)
     wanted = live["token_ids"].numpy()[0][: live["num_tokens"].numpy()[0]].tolist()
     generator = Generator(tflite)
     assert generator.generate_ids(prompt, 10) == wanted
-    assert generator.generate(prompt, 10) == causal_lm.generate(prompt, 10)
+    assert generator.generate(prompt, 10) == random_lm.generate(prompt, 10)
 
 
-def test_generator_fills_the_cache_to_the_end(tflite, causal_lm):
+def test_generator_fills_the_cache_to_the_end(tflite, random_lm):
     generator = Generator(tflite)
-    ids = causal_lm.tokenizer.encode("the sun " * 60)[:43]
-    prompt = causal_lm.tokenizer.decode(ids)
-    length = len(causal_lm.tokenizer.encode(prompt))
-    live = causal_lm.generate_tokens([prompt], 48 - length)
+    length = 43  # after two prefills of 16 there is no room for a third
+    prompt = "z" * length  # too rare to be merged: a token each
+    assert len(random_lm.tokenizer.encode(prompt)) == length
+    live = random_lm.generate_tokens([prompt], 46 - length)
     wanted = live["token_ids"].numpy()[0][: live["num_tokens"].numpy()[0]].tolist()
-    assert generator.generate_ids(prompt) == wanted[: causal_lm.generation_config.max_new_tokens]
-    with pytest.raises(ValueError, match=f"cache of 48 tokens. Received: a prompt of {length} tokens"):
+    assert generator.generate_ids(prompt) == wanted[: random_lm.generation_config.max_new_tokens]
+    with pytest.raises(ValueError, match=f"cache of 46 tokens. Received: a prompt of {length} tokens"):
         generator.generate_ids(prompt, 49 - length)
     with pytest.raises(ValueError, match="empty prompt"):
         generator.generate_ids("")
@@ -118,11 +118,11 @@ def test_damaged_or_missing_files(tflite, tmp_path):
         ("a.tflite", {"prefill_lengths": (0,)}, "prefill_lengths"),
     ],
 )
-def test_bad_arguments_are_refused(causal_lm, tmp_path, name, arguments, message):
+def test_bad_arguments_are_refused(random_lm, tmp_path, name, arguments, message):
     from kerasllm.export import export_litert
 
     with pytest.raises(ValueError, match=message or "must end in .tflite"):
-        export_litert(causal_lm.model, causal_lm.tokenizer, tmp_path / name, **arguments)
+        export_litert(random_lm.model, random_lm.tokenizer, tmp_path / name, **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,9 +133,9 @@ def test_half_precision_is_refused(tokenizer, tmp_path):
         model.export(tmp_path / "m.tflite")
 
 
-def test_never_overwrites(tflite, causal_lm):
+def test_never_overwrites(tflite, random_lm):
     before = {path.name: path.read_bytes() for path in tflite.parent.iterdir()}
     for name in (tflite.name, "another.tflite"):  # another would take the tokenizer away
         with pytest.raises(FileExistsError, match="a folder of its own"):
-            causal_lm.export(tflite.parent / name)
+            random_lm.export(tflite.parent / name)
     assert {path.name: path.read_bytes() for path in tflite.parent.iterdir()} == before
