@@ -1,3 +1,4 @@
+import random
 import subprocess
 import sys
 
@@ -70,7 +71,7 @@ def test_generator_gives_the_live_model_s_tokens(tflite, random_lm, prompt):
 def test_generator_fills_the_cache_to_the_end(tflite, random_lm):
     generator = Generator(tflite)
     length = 43  # after two prefills of 16 there is no room for a third
-    prompt = "z" * length  # too rare to be merged: a token each
+    prompt = "".join(random.Random(0).choices("#$%&*+=@^~", k=length))  # unseen: a token each
     assert len(random_lm.tokenizer.encode(prompt)) == length
     live = random_lm.generate_tokens([prompt], 46 - length)
     wanted = live["token_ids"].numpy()[0][: live["num_tokens"].numpy()[0]].tolist()
@@ -94,6 +95,23 @@ def test_the_module_itself_needs_no_tensorflow(tflite):
     command = [sys.executable, "-c", code, kerasllm.litert.__file__, str(tflite)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_no_call_reaches_past_the_end_of_the_cache(tflite):
+    """The runtime would move such a write to the left, over what is there, and say nothing."""
+    calls = []
+
+    class Recording(Generator):
+        def _run(self, runner, tokens, length, position, cache):
+            calls.append((position, length, len(tokens)))
+            return super()._run(runner, tokens, length, position, cache)
+
+    generator = Recording(tflite)
+    for length in (1, 5, 17, 43, 45):
+        calls.clear()
+        generator.generate_ids("#" * length, 1)
+        assert all(position + size <= 46 for position, size, _ in calls), calls
+        assert sum(count for _, _, count in calls) == length
 
 
 def test_damaged_or_missing_files(tflite, tmp_path):
