@@ -138,13 +138,14 @@ def load_run_config(path: str | os.PathLike | None, overrides: Sequence[str] = (
     """
     family = _family(path, overrides)
     config_class = MODELS[family].config_class
+    known = _SETTINGS | {f"model.{field.name}" for field in dataclasses.fields(config_class)}
+    known.remove("model.vocabulary_size")  # the tokenizer sets it, and the model's size follows
     arguments = [] if path is None else [f"--config={path}"]
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ValueError(f"A setting is written key=value. Received: {override!r}")
-        known = _SETTINGS | {f"model.{field.name}" for field in dataclasses.fields(config_class)}
-        if key not in known - {"model.vocabulary_size"}:  # argparse would take a beginning of a name
+        if key not in known:  # argparse would take a beginning of a name
             raise ValueError(f"A setting must be one of {sorted(known)}. Received: {key}")
         arguments.append(f"--{override}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
@@ -152,7 +153,6 @@ def load_run_config(path: str | os.PathLike | None, overrides: Sequence[str] = (
     parser.add_argument("--output", type=str, required=True)
     parser.add_argument("--family", type=str)
     parser.add_argument("--seed", type=int, default=0)
-    # The tokenizer sets the vocabulary, and the model's size follows.
     parser.add_class_arguments(config_class, "model", skip={"vocabulary_size"})
     for name, section in _SECTIONS.items():
         parser.add_class_arguments(section, name)
