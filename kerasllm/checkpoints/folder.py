@@ -45,13 +45,10 @@ def save_folder(
     if variables:
         raise ValueError(f"The weight table of {type(model).__name__} lacks: {sorted(variables)}")
     eos_id = None if tokenizer is None else tokenizer.eos_id
-    model_type = next(name for name, family in MODELS.items() if type(model) is family)
     config = {
-        "architectures": [model.huggingface_architecture],
-        "model_type": model_type,
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
-        **model.config.to_huggingface(),
+        **model.huggingface_config(),
     }
     # The config goes first and comes last: a folder with a config is a whole checkpoint, and of one
     # save, also where there was another before.

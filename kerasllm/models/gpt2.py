@@ -2,13 +2,76 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
 
 import keras
-from keras import ops
 
 from kerasllm.layers import DecoderBlock, LayerNorm, LearnedPositionEmbedding, TokenEmbedding
-from kerasllm.models.base import SAME, SPLIT_IN_THREE, LanguageModel, ModelConfig
+from kerasllm.models.base import SAME, SPLIT_IN_THREE, TRANSPOSE, DecoderModel, Dialect, ModelConfig
+
+_DIALECT = Dialect(
+    names={
+        "vocab_size": "vocabulary_size",
+        "n_positions": "context_length",
+        "n_layer": "num_layers",
+        "n_head": "num_heads",
+        "n_embd": "dim",
+        "n_inner": "intermediate_dim",
+        "activation_function": "activation",
+        "use_bias": "use_bias",
+        "attn_pdrop": "dropout",
+        "embd_pdrop": "dropout",
+        "resid_pdrop": "dropout",
+        "layer_norm_epsilon": "layer_norm_epsilon",
+        "tie_word_embeddings": "tie_embeddings",
+        "initializer_range": "initializer_range",
+    },
+    fixed={
+        "add_cross_attention": False,
+        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True,
+    },
+    # The `summary_*` names belong to a head of another task; upcasting is what the layers always do.
+    ignored=frozenset(
+        "n_ctx reorder_and_upcast_attn summary_activation "
+        "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj".split()
+    ),
+    prefix="transformer.",
+    weights={
+        "wte.weight": ("token_embedding/embeddings", SAME),
+        "wpe.weight": ("position_embedding/embeddings", SAME),
+        "h.{}.ln_1.weight": ("block_{}/attention_norm/scale", SAME),
+        "h.{}.ln_1.bias": ("block_{}/attention_norm/bias", SAME),
+        "h.{}.attn.c_attn.weight": (
+            tuple(f"block_{{}}/attention/{name}/kernel" for name in ("query", "key", "value")),
+            SPLIT_IN_THREE,
+        ),
+        "h.{}.attn.c_attn.bias": (
+            tuple(f"block_{{}}/attention/{name}/bias" for name in ("query", "key", "value")),
+            SPLIT_IN_THREE,
+        ),
+        "h.{}.attn.c_proj.weight": ("block_{}/attention/output/kernel", SAME),
+        "h.{}.attn.c_proj.bias": ("block_{}/attention/output/bias", SAME),
+        "h.{}.ln_2.weight": ("block_{}/feed_forward_norm/scale", SAME),
+        "h.{}.ln_2.bias": ("block_{}/feed_forward_norm/bias", SAME),
+        "h.{}.mlp.c_fc.weight": ("block_{}/feed_forward/up/kernel", SAME),
+        "h.{}.mlp.c_fc.bias": ("block_{}/feed_forward/up/bias", SAME),
+        "h.{}.mlp.c_proj.weight": ("block_{}/feed_forward/down/kernel", SAME),
+        "h.{}.mlp.c_proj.bias": ("block_{}/feed_forward/down/bias", SAME),
+        "ln_f.weight": ("final_norm/scale", SAME),
+        "ln_f.bias": ("final_norm/bias", SAME),
+    },
+    head_weights={
+        "causal_lm": {"lm_head.weight": ("head/embeddings", SAME)},
+        "classifier": {"score.weight": ("classifier/kernel", TRANSPOSE)},
+    },
+    architectures={
+        "causal_lm": "GPT2LMHeadModel",
+        "classifier": "GPT2ForSequenceClassification",
+        None: "GPT2Model",
+    },
+    # The causal masks that older files hold.
+    ignored_tensors=(r"\.attn\.(masked_)?bias$",),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,32 +94,7 @@ class GPT2Config(ModelConfig):
             residual stream start smaller by `sqrt(2 * num_layers)`.
     """
 
-    huggingface_names: ClassVar[dict[str, str]] = {
-        "vocab_size": "vocabulary_size",
-        "n_positions": "context_length",
-        "n_layer": "num_layers",
-        "n_head": "num_heads",
-        "n_embd": "dim",
-        "n_inner": "intermediate_dim",
-        "activation_function": "activation",
-        "use_bias": "use_bias",
-        "attn_pdrop": "dropout",
-        "embd_pdrop": "dropout",
-        "resid_pdrop": "dropout",
-        "layer_norm_epsilon": "layer_norm_epsilon",
-        "tie_word_embeddings": "tie_embeddings",
-        "initializer_range": "initializer_range",
-    }
-    huggingface_fixed: ClassVar[dict[str, Any]] = {
-        "add_cross_attention": False,
-        "scale_attn_by_inverse_layer_idx": False,
-        "scale_attn_weights": True,
-    }
-    # The `summary_*` names belong to a head of another task; upcasting is what the layers always do.
-    huggingface_ignored: ClassVar[frozenset[str]] = frozenset(
-        "n_ctx reorder_and_upcast_attn summary_activation "
-        "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj".split()
-    )
+    dialects = {"gpt2": _DIALECT}
 
     vocabulary_size: int = 50257
     context_length: int = 1024
@@ -71,51 +109,22 @@ class GPT2Config(ModelConfig):
     tie_embeddings: bool = True
     initializer_range: float = 0.02
 
-    def __post_init__(self):
-        if self.num_layers < 1:
-            raise ValueError(f"`num_layers` must be at least 1. Received: {self.num_layers}")
-
 
 @keras.saving.register_keras_serializable(package="kerasllm")
-class GPT2(LanguageModel):
+class GPT2(DecoderModel):
     """GPT-2 as a Keras model: token ids in, logits out.
 
     Radford et al.: "Language Models are Unsupervised Multitask Learners" (2019).
 
     Args:
         config: A `GPT2Config`.
+        head: `"causal_lm"`, `"classifier"` or None, see `DecoderModel.call`.
     """
 
     config_class = GPT2Config
-    huggingface_architecture = "GPT2LMHeadModel"
-    weights_table = {
-        "transformer.wte.weight": ("token_embedding/embeddings", SAME),
-        "transformer.wpe.weight": ("position_embedding/embeddings", SAME),
-        "transformer.h.{}.ln_1.weight": ("block_{}/attention_norm/scale", SAME),
-        "transformer.h.{}.ln_1.bias": ("block_{}/attention_norm/bias", SAME),
-        "transformer.h.{}.attn.c_attn.weight": (
-            tuple(f"block_{{}}/attention/{name}/kernel" for name in ("query", "key", "value")),
-            SPLIT_IN_THREE,
-        ),
-        "transformer.h.{}.attn.c_attn.bias": (
-            tuple(f"block_{{}}/attention/{name}/bias" for name in ("query", "key", "value")),
-            SPLIT_IN_THREE,
-        ),
-        "transformer.h.{}.attn.c_proj.weight": ("block_{}/attention/output/kernel", SAME),
-        "transformer.h.{}.attn.c_proj.bias": ("block_{}/attention/output/bias", SAME),
-        "transformer.h.{}.ln_2.weight": ("block_{}/feed_forward_norm/scale", SAME),
-        "transformer.h.{}.ln_2.bias": ("block_{}/feed_forward_norm/bias", SAME),
-        "transformer.h.{}.mlp.c_fc.weight": ("block_{}/feed_forward/up/kernel", SAME),
-        "transformer.h.{}.mlp.c_fc.bias": ("block_{}/feed_forward/up/bias", SAME),
-        "transformer.h.{}.mlp.c_proj.weight": ("block_{}/feed_forward/down/kernel", SAME),
-        "transformer.h.{}.mlp.c_proj.bias": ("block_{}/feed_forward/down/bias", SAME),
-        "transformer.ln_f.weight": ("final_norm/scale", SAME),
-        "transformer.ln_f.bias": ("final_norm/bias", SAME),
-        "lm_head.weight": ("head/embeddings", SAME),
-    }
 
-    def __init__(self, config: GPT2Config, **kwargs):
-        super().__init__(config, **kwargs)
+    def __init__(self, config: GPT2Config, head: str | None = "causal_lm", **kwargs):
+        super().__init__(config, head, **kwargs)
         dtype = self.dtype_policy
         self.token_embedding = TokenEmbedding(
             config.vocabulary_size,
@@ -151,70 +160,8 @@ class GPT2(LanguageModel):
         self.final_norm = LayerNorm(
             config.layer_norm_epsilon, config.use_bias, name="final_norm", dtype=dtype
         )
-        self.head = self.token_embedding
-        if not config.tie_embeddings:
-            self.head = TokenEmbedding(
-                config.vocabulary_size,
-                config.dim,
-                config.initializer_range,
-                name="head",
-                dtype=dtype,
-            )
-        # The shapes follow from the configuration, so the weights exist from the start.
-        self.build((None, None))
+        self._build_all(self.position_embedding)
 
-    def build(self, input_shape):
-        stream = (None, None, self.config.dim)
-        self.token_embedding.build()
-        self.position_embedding.build()
-        for layer in (*self.blocks, self.final_norm):
-            layer.build(stream)
-        if self.head is not self.token_embedding:
-            self.head.build()
-        self.built = True
-
-    def call(
-        self,
-        token_ids,
-        attention_mask=None,
-        cache=None,
-        cache_index=None,
-        last_index=None,
-        training: bool = False,
-    ):
-        """Predicts the token after each token.
-
-        Args:
-            token_ids: Integers `[batch, length]`.
-            attention_mask: Which keys count besides the causal rule, see `layers.attention.mask_bias`.
-            cache: Key-value cache from `make_cache`.
-            cache_index: Column of the first token in the cache, see `MultiHeadAttention`; needed if
-                and only if there is a cache.
-            last_index: Integers `[batch]`: return the logits of this place of each row only.
-            training: Whether dropout is on.
-
-        Returns:
-            Float logits `[batch, length, vocabulary_size]`, or `[batch, 1, vocabulary_size]` with
-            `last_index`; with a cache also the updated cache.
-        """
-        self._check_call(token_ids, cache, cache_index)
-        x = self.token_embedding(token_ids)
-        x = x + self.position_embedding(self._positions(token_ids, cache_index))
-        x = self.embedding_dropout(x, training=training)
-        updated = []
-        for number, block in enumerate(self.blocks):
-            if cache is None:
-                x = block(x, attention_mask=attention_mask, training=training)
-            else:
-                x, layer_cache = block(
-                    x,
-                    attention_mask=attention_mask,
-                    cache=cache[number],
-                    cache_index=cache_index,
-                    training=training,
-                )
-                updated.append(layer_cache)
-        if last_index is not None:
-            x = ops.take_along_axis(x, ops.reshape(last_index, (-1, 1, 1)), axis=1)
-        logits = self.head(self.final_norm(x), reverse=True)
-        return logits if cache is None else (logits, updated)
+    def _embed(self, token_ids, positions, training):
+        x = self.token_embedding(token_ids) + self.position_embedding(positions)
+        return self.embedding_dropout(x, training=training)

@@ -5,32 +5,28 @@ import functools
 import os
 import pathlib
 import re
-import zipfile
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from kerasllm.checkpoints import load_folder, save_folder
 from kerasllm.data import language_model_dataset
 from kerasllm.export import export_litert, export_saved_model
-from kerasllm.files import new_file
 from kerasllm.generation import (
     SIGNATURE,
     GenerationConfig,
     TextGenerator,
     batch_settings,
-    check_vocabularies,
 )
 from kerasllm.models import LanguageModel
+from kerasllm.tasks.base import Task
 from kerasllm.tokenizers import Tokenizer
 from kerasllm.training import TokenWeightedTraining
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
-class CausalLM(TokenWeightedTraining, keras.Model):
+class CausalLM(TokenWeightedTraining, Task):
     """A language model with its tokenizer.
 
     Args:
@@ -49,6 +45,8 @@ class CausalLM(TokenWeightedTraining, keras.Model):
     ```
     """
 
+    head = "causal_lm"
+
     def __init__(
         self,
         model: LanguageModel,
@@ -56,15 +54,9 @@ class CausalLM(TokenWeightedTraining, keras.Model):
         generation_config: GenerationConfig | None = None,
         **kwargs,
     ):
-        # The network's precision is the task's, for Keras asks the task whether to scale the loss.
-        super().__init__(**{"dtype": model.dtype_policy, **kwargs})
-        if tokenizer is not None:
-            check_vocabularies(model, tokenizer)
-        self.model = model
-        self.tokenizer = tokenizer
+        super().__init__(model, tokenizer, **kwargs)
         self.generation_config = generation_config or GenerationConfig()
         self._generate_functions: dict = {}
-        self.built = True
 
     def call(self, token_ids, training: bool = False):
         """Predicts the token after each token.
@@ -176,11 +168,6 @@ class CausalLM(TokenWeightedTraining, keras.Model):
 
     # Generation
 
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError("This needs a tokenizer, and the model has none: CausalLM(model, tokenizer).")
-        return self.tokenizer
-
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -272,101 +259,19 @@ class CausalLM(TokenWeightedTraining, keras.Model):
     # Saving and loading
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "model": keras.saving.serialize_keras_object(self.model),
-            "generation_config": dataclasses.asdict(self.generation_config),
-        }
+        return {**super().get_config(), "generation_config": dataclasses.asdict(self.generation_config)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CausalLM":
-        config = dict(config)
-        config["model"] = keras.saving.deserialize_keras_object(config["model"])
-        config["generation_config"] = GenerationConfig(**config["generation_config"])
-        return cls(**config)
+        generation = GenerationConfig(**config["generation_config"])
+        return super().from_config({**config, "generation_config": generation})
 
-    def save_assets(self, folder: str) -> None:
-        """Puts the tokenizer into a `.keras` file; Keras calls it."""
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder)
-
-    def load_assets(self, folder: str) -> None:
-        """Takes the tokenizer from a `.keras` file; Keras calls it."""
-        if pathlib.Path(folder, "tokenizer.json").is_file():
-            self.tokenizer = Tokenizer.from_folder(folder)
-
-    def save(self, filepath: str | os.PathLike, overwrite: bool = True, **kwargs) -> None:
-        """Writes a `.keras` file with the tokenizer and the optimizer, whole or not at all.
-
-        Args:
-            filepath: The file, ending in `.keras`.
-            overwrite: Whether a file that is there may be replaced.
-            **kwargs: As in Keras.
-
-        Raises:
-            FileExistsError: If the file exists and must not be replaced.
-        """
-        if not overwrite and os.path.exists(filepath):
-            raise FileExistsError(f"`overwrite` is False and the file exists. Received: {filepath}")
-        with new_file(filepath) as temporary:
-            super().save(temporary, **kwargs)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "CausalLM":
-        """Loads what `save` or `save_pretrained` wrote.
-
-        Args:
-            path: A `.keras` file, or a folder with config.json.
-
-        Returns:
-            The model; from a `.keras` file with the optimizer's state.
-
-        Raises:
-            FileNotFoundError: If there is nothing.
-            ValueError: If the file is damaged or holds something else.
-        """
-        path = pathlib.Path(path)
-        if path.is_dir():
-            return cls.from_pretrained(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no model at: {path}")
-        try:
-            model = keras.models.load_model(path)
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"Not a .keras file, or a damaged one: {path} ({error})") from error
-        if not isinstance(model, cls):
-            raise ValueError(f"The file must hold a {cls.__name__}. Received: {type(model).__name__}")
-        return model
-
-    def save_pretrained(self, folder: str | os.PathLike) -> pathlib.Path:
-        """Writes the model in Hugging Face's layout, which transformers loads.
-
-        Args:
-            folder: Where to write config.json, model.safetensors, tokenizer.json and
-                generation_config.json.
-
-        Returns:
-            The folder.
-        """
+    def _generation_settings(self) -> dict[str, Any]:
         eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
-        generation = self.generation_config.to_huggingface(eos_id)
-        return save_folder(folder, self.model, self.tokenizer, generation)
+        return self.generation_config.to_huggingface(eos_id)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, dtype: str | None = None) -> "CausalLM":
-        """Loads a folder in Hugging Face's layout.
-
-        Args:
-            folder: A folder with config.json and model.safetensors.
-            dtype: Keras dtype policy. None: Keras's default.
-
-        Returns:
-            The model.
-
-        Raises:
-            FileNotFoundError, ValueError: As `kerasllm.checkpoints.load_folder`.
-        """
-        model, tokenizer, generation = load_folder(folder, dtype)
+    def _from_checkpoint(cls, model, tokenizer, generation) -> "CausalLM":
         wanted = generation.get("eos_token_id")
         if tokenizer is not None and wanted not in (None, tokenizer.eos_id):
             raise ValueError(

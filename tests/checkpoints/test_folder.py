@@ -34,7 +34,7 @@ def test_round_trip(tmp_path, changes):
     assert loaded.config == model.config
     assert tokenizer is None and generation == {}
     np.testing.assert_array_equal(loaded(IDS), model(IDS))
-    assert (loaded.head is loaded.token_embedding) == model.config.tie_embeddings
+    assert (loaded.output_embedding is loaded.token_embedding) == model.config.tie_embeddings
 
 
 def test_layout_is_that_of_transformers(tmp_path):

@@ -166,7 +166,7 @@ class TestGeneric:
         ):
             copy = reload()
             assert isinstance(copy, GPT2) and copy.config == model.config
-            assert (copy.head.embeddings is copy.token_embedding.embeddings) == tied
+            assert (copy.output_embedding.embeddings is copy.token_embedding.embeddings) == tied
             assert [w.path for w in copy.weights] == [w.path for w in model.weights]
             assert copy.count_params() == model.count_params()
         np.testing.assert_array_equal(to_numpy(copy(IDS)), to_numpy(model(IDS)))
@@ -210,7 +210,7 @@ class TestErrors:
             model(IDS, cache_index=3)
 
     def test_no_layers(self):
-        with pytest.raises(ValueError, match="`num_layers` must be at least 1. Received: 0"):
+        with pytest.raises(ValueError, match="`num_layers` must be at least 1. Received: num_layers=0"):
             dataclasses.replace(CONFIG, num_layers=0)
 
     def test_unknown_key_in_a_saved_config(self):

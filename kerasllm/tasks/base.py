@@ -1,0 +1,155 @@
+"""What every task has: a model, its tokenizer, and the ways in and out of files."""
+
+import os
+import pathlib
+import zipfile
+import zlib
+from typing import Any, ClassVar
+
+import keras
+
+from kerasllm.checkpoints import load_folder, save_folder
+from kerasllm.files import new_file
+from kerasllm.models import LanguageModel
+from kerasllm.tokenizers import Tokenizer
+
+
+class Task(keras.Model):
+    """A model with its tokenizer; tasks derive from it.
+
+    Args:
+        model: The network, with the head that the task needs.
+        tokenizer: Its tokenizer; without one, only token ids go in.
+
+    Raises:
+        ValueError: If the model has another head, or fewer tokens than the tokenizer.
+    """
+
+    # The head that the task's models have.
+    head: ClassVar[str | None] = None
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None = None, **kwargs):
+        # The network's precision is the task's, for Keras asks the task whether to scale the loss.
+        super().__init__(**{"dtype": model.dtype_policy, **kwargs})
+        if model.head != self.head:
+            raise ValueError(
+                f"The model of a {type(self).__name__} must have the head {self.head!r}. "
+                f"Received: head={model.head!r}"
+            )
+        if tokenizer is not None and tokenizer.vocabulary_size > model.config.vocabulary_size:
+            raise ValueError(
+                "The model's vocabulary must hold every id of the tokenizer. Received: a tokenizer of "
+                f"{tokenizer.vocabulary_size} tokens, a model of {model.config.vocabulary_size}"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.built = True
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            name = type(self).__name__
+            raise ValueError(f"This needs a tokenizer, and the model has none: {name}(model, tokenizer).")
+        return self.tokenizer
+
+    # Files
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "model": keras.saving.serialize_keras_object(self.model)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Task":
+        config = dict(config)
+        config["model"] = keras.saving.deserialize_keras_object(config["model"])
+        return cls(**config)
+
+    def save_assets(self, folder: str) -> None:
+        """Puts the tokenizer into a `.keras` file; Keras calls it."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+
+    def load_assets(self, folder: str) -> None:
+        """Takes the tokenizer from a `.keras` file; Keras calls it."""
+        if pathlib.Path(folder, "tokenizer.json").is_file():
+            self.tokenizer = Tokenizer.from_folder(folder)
+
+    def save(self, filepath: str | os.PathLike, overwrite: bool = True, **kwargs) -> None:
+        """Writes a `.keras` file with the tokenizer and the optimizer, whole or not at all.
+
+        Args:
+            filepath: The file, ending in `.keras`.
+            overwrite: Whether a file that is there may be replaced.
+            **kwargs: As in Keras.
+
+        Raises:
+            FileExistsError: If the file exists and must not be replaced.
+        """
+        if not overwrite and os.path.exists(filepath):
+            raise FileExistsError(f"`overwrite` is False and the file exists. Received: {filepath}")
+        with new_file(filepath) as temporary:
+            super().save(temporary, **kwargs)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Task":
+        """Loads what `save` or `save_pretrained` wrote.
+
+        Args:
+            path: A `.keras` file, or whatever `from_pretrained` takes.
+
+        Returns:
+            The model; from a `.keras` file with the optimizer's state.
+
+        Raises:
+            FileNotFoundError: If there is nothing.
+            ValueError: If the file is damaged or holds something else.
+        """
+        if not str(path).endswith(".keras"):
+            return cls.from_pretrained(path)
+        if not pathlib.Path(path).is_file():
+            raise FileNotFoundError(f"There is no model at: {path}")
+        try:
+            model = keras.models.load_model(path)
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"Not a .keras file, or a damaged one: {path} ({error})") from error
+        if not isinstance(model, cls):
+            raise ValueError(f"The file must hold a {cls.__name__}. Received: {type(model).__name__}")
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike) -> pathlib.Path:
+        """Writes the model in Hugging Face's layout, which transformers loads.
+
+        Args:
+            folder: Where to write config.json, the safetensors, the tokenizer and, for a model that
+                generates, generation_config.json.
+
+        Returns:
+            The folder.
+        """
+        return save_folder(folder, self.model, self.tokenizer, self._generation_settings())
+
+    def _generation_settings(self) -> dict[str, Any] | None:
+        """What generation_config.json says, or None for a task that does not generate."""
+        return None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, dtype: str | None = None) -> "Task":
+        """Loads a model in Hugging Face's layout.
+
+        Args:
+            folder: A folder with config.json and safetensors.
+            dtype: Keras dtype policy. None: Keras's default.
+
+        Returns:
+            The model.
+
+        Raises:
+            FileNotFoundError, ValueError: As `kerasllm.checkpoints.load_folder`.
+        """
+        model, tokenizer, generation = load_folder(folder, dtype)
+        return cls._from_checkpoint(model, tokenizer, generation)
+
+    @classmethod
+    def _from_checkpoint(
+        cls, model: LanguageModel, tokenizer: Tokenizer | None, generation: dict[str, Any]
+    ) -> "Task":
+        """Makes the task of the parts of a checkpoint; `generation` is its generation_config.json."""
+        return cls(model, tokenizer)
