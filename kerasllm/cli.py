@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import pathlib
 import sys
@@ -14,6 +15,11 @@ examples:
   kerasllm quickstart                                   see the whole promise hold, in a few minutes
   kerasllm train --config configs/gpt_5m_pretrain.yaml training.steps=500 output=runs/mine
   kerasllm generate runs/mine "Once upon a time" --max-new-tokens 60 --temperature 0.8
+  kerasllm chat SmolLM2-135M-Instruct.Q4_1.gguf         talk to a model, answers as they are written
+  kerasllm embed all-MiniLM-L6-v2 "a cat" "a kitten" --similarity
+  kerasllm classify my_classifier "What a film!"
+  kerasllm fill-mask bert-base-uncased "Paris is the [MASK] of France."
+  kerasllm convert model.gguf converted                 to Hugging Face's layout
   kerasllm evaluate runs/mine --data my_texts/
   kerasllm export runs/mine served/mine/1               for TensorFlow Serving
   kerasllm export runs/mine phone/mine.tflite           for LiteRT
@@ -93,16 +99,54 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     def model_argument(command):
-        command.add_argument("model", help="folder written by train or save_pretrained, or a .keras file")
+        command.add_argument(
+            "model",
+            help="folder in Hugging Face's layout (train writes one), hub id, .gguf file, KerasHub preset "
+            "or .keras file",
+        )
+        command.add_argument("--dtype", help="precision, such as bfloat16 (default: float32)")
 
-    command = add("generate", _generate, "continue prompts")
+    def texts_argument(command, what):
+        command.add_argument(
+            "texts", nargs="*", metavar="TEXT", help=f"{what}; none: a text per line of stdin"
+        )
+
+    command = add("generate", _generate, "continue prompts, or answer them with an encoder-decoder")
     model_argument(command)
     command.add_argument("prompts", nargs="+", metavar="PROMPT")
-    command.add_argument("--max-new-tokens", type=int, help="most tokens to generate")
-    command.add_argument("--temperature", type=float, help="0: the most likely token each time")
-    command.add_argument("--top-k", type=int, help="draw among so many tokens; 0: among all")
-    command.add_argument("--top-p", type=float, help="draw among the tokens that make up this probability")
-    command.add_argument("--seed", type=int, help="start of the random numbers")
+    _add_generation_options(command)
+    command.add_argument("-n", type=int, default=1, help="results per prompt (default: %(default)s)")
+    command.add_argument("--stream", action="store_true", help="print one prompt's text as it is made")
+    command.add_argument("--json-schema", metavar="FILE", help="the result fits this JSON schema")
+    command.add_argument("--regex", help="the result matches this regular expression")
+    command.add_argument("--grammar", metavar="FILE", help="the result fits this Lark grammar")
+
+    command = add("chat", _chat, "talk to a chat model; /help there lists the commands")
+    model_argument(command)
+    command.add_argument("--system", metavar="TEXT", help="system prompt")
+    _add_generation_options(command)
+
+    command = add("embed", _embed, "turn texts into vectors, one JSON line each")
+    model_argument(command)
+    texts_argument(command, "texts to embed")
+    command.add_argument(
+        "--similarity", action="store_true", help="print the cosines between the texts instead"
+    )
+
+    command = add("classify", _classify, "classify texts")
+    model_argument(command)
+    texts_argument(command, "texts to classify")
+    command.add_argument("--top-k", type=int, default=1, help="labels to print (default: %(default)s)")
+
+    command = add("fill-mask", _fill_mask, "say what stands at the masks of texts")
+    model_argument(command)
+    texts_argument(command, "texts with the tokenizer's mask token, such as [MASK]")
+    command.add_argument("--top-k", type=int, default=5, help="candidates to print (default: %(default)s)")
+
+    command = add("convert", _convert, "load a checkpoint of any kind and write Hugging Face's layout")
+    command.add_argument("source", help="folder, hub id, .gguf file or KerasHub preset")
+    command.add_argument("path", help="folder to write")
+    command.add_argument("--dtype", help="precision to store, such as bfloat16 (default: float32)")
 
     command = add("evaluate", _evaluate, "measure loss and perplexity on texts")
     model_argument(command)
@@ -125,6 +169,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Options of generate and chat, which have the names of `GenerationConfig`.
+_GENERATION_OPTIONS = (
+    ("max_new_tokens", int, "most tokens to generate"),
+    ("min_new_tokens", int, "no end before so many tokens"),
+    ("temperature", float, "0: the most likely token each time; above 0: drawn"),
+    ("top_k", int, "draw among so many tokens; 0: among all"),
+    ("top_p", float, "draw among the tokens that make up this probability"),
+    ("min_p", float, "draw among the tokens at least this likely, beside the likeliest"),
+    ("typical_p", float, "draw among the typical tokens that make up this probability"),
+    ("repetition_penalty", float, "above 1: repeat less"),
+    ("presence_penalty", float, "taken off the score of each token that was there"),
+    ("frequency_penalty", float, "taken off for each time it was there"),
+    ("no_repeat_ngram_size", int, "no sequence of so many tokens twice"),
+    ("num_beams", int, "beams of a beam search"),
+    ("seed", int, "start of the random numbers"),
+)
+
+
+def _add_generation_options(command: argparse.ArgumentParser) -> None:
+    for name, kind, text in _GENERATION_OPTIONS:
+        command.add_argument("--" + name.replace("_", "-"), type=kind, help=text)
+    command.add_argument("--stop", action="append", metavar="TEXT", help="end before this; may be repeated")
+
+
+def _generation_settings(arguments) -> dict:
+    """The options that were given."""
+    settings = {name: getattr(arguments, name) for name, _, _ in _GENERATION_OPTIONS}
+    settings["stop_strings"] = arguments.stop
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def _quickstart(arguments) -> int:
     from kerasllm.quickstart import run_quickstart
 
@@ -144,24 +219,87 @@ def _train(arguments) -> int:
     return 0
 
 
-def _load(path: str):
-    from kerasllm.tasks import CausalLM
+def _load(arguments, *tasks: str):
+    """Loads the model as one of the named tasks: as the one that its checkpoint is for."""
+    from kerasllm.tasks import load_task
 
-    return CausalLM.load(path)
+    return load_task(arguments.model, tasks, arguments.dtype)
+
+
+def _texts(arguments) -> list[str]:
+    return arguments.texts or [line.rstrip("\n") for line in sys.stdin]
 
 
 def _generate(arguments) -> int:
-    model = _load(arguments.model)
-    texts = model.generate(
-        arguments.prompts,
-        arguments.max_new_tokens,
-        arguments.temperature,
-        arguments.top_k,
-        arguments.top_p,
-        arguments.seed,
-    )
-    for prompt, text in zip(arguments.prompts, texts, strict=True):
-        print(prompt + text)
+    model = _load(arguments, "text-generation", "text2text-generation")
+    settings = _generation_settings(arguments)
+    if arguments.json_schema:
+        settings["json_schema"] = pathlib.Path(arguments.json_schema).read_text(encoding="utf-8")
+    if arguments.grammar:
+        settings["grammar"] = pathlib.Path(arguments.grammar).read_text(encoding="utf-8")
+    if arguments.regex:
+        settings["regex"] = arguments.regex
+    # A continuation is read after its prompt, an answer of an encoder-decoder alone.
+    shown = [prompt if model.continues_prompts else "" for prompt in arguments.prompts]
+    if arguments.stream:
+        if len(arguments.prompts) != 1 or arguments.n != 1:
+            raise ValueError(
+                "`--stream` is for one result of one prompt. "
+                f"Received: {len(arguments.prompts)} prompts, -n {arguments.n}"
+            )
+        print(shown[0], end="", flush=True)
+        for piece in model.generate(arguments.prompts[0], stream=True, **settings):
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    results = model.generate(arguments.prompts, n=arguments.n, **settings)
+    for prompt, texts in zip(shown, results, strict=True):
+        for text in [texts] if isinstance(texts, str) else texts:
+            print(prompt + text)
+    return 0
+
+
+def _chat(arguments) -> int:
+    from kerasllm.terminal import run_chat
+
+    model = _load(arguments, "text-generation")
+    run_chat(model, arguments.system, _generation_settings(arguments))
+    return 0
+
+
+def _embed(arguments) -> int:
+    model, texts = _load(arguments, "feature-extraction"), _texts(arguments)
+    vectors = model.encode(texts)
+    if arguments.similarity:
+        for row in model.similarity(vectors, vectors):
+            print(" ".join(f"{cosine:7.4f}" for cosine in row))
+    else:
+        for text, vector in zip(texts, vectors, strict=True):
+            print(json.dumps({"text": text, "embedding": [round(float(x), 7) for x in vector]}))
+    return 0
+
+
+def _classify(arguments) -> int:
+    model, texts = _load(arguments, "text-classification"), _texts(arguments)
+    for text, scores in zip(texts, model.classify(texts, top_k=arguments.top_k), strict=True):
+        print("  ".join(f"{score['label']} {score['score']:.4f}" for score in scores) + f"  {text}")
+    return 0
+
+
+def _fill_mask(arguments) -> int:
+    model, texts = _load(arguments, "fill-mask"), _texts(arguments)
+    for text, masks in zip(texts, model.fill_mask(texts, top_k=arguments.top_k), strict=True):
+        print(text)
+        for candidates in masks:
+            for candidate in candidates:
+                print(f"  {candidate['score']:.4f}  {candidate['token']:<16}  {candidate['sequence']}")
+    return 0
+
+
+def _convert(arguments) -> int:
+    from kerasllm.checkpoints import convert
+
+    print(f"written: {convert(arguments.source, arguments.path, arguments.dtype)}")
     return 0
 
 
@@ -169,13 +307,13 @@ def _evaluate(arguments) -> int:
     from kerasllm.data import read_documents
 
     documents = read_documents(arguments.data)
-    results = _load(arguments.model).evaluate(documents, batch_size=arguments.batch_size)
+    results = _load(arguments, "text-generation").evaluate(documents, batch_size=arguments.batch_size)
     print(f"loss {results['loss']:.4f} nats per token, perplexity {results['perplexity']:.2f}")
     return 0
 
 
 def _export(arguments) -> int:
-    path = _load(arguments.model).export(arguments.path)
+    path = _load(arguments, "text-generation").export(arguments.path)
     print(f"written: {path}")
     if path.suffix != ".tflite":
         print(f"next: kerasllm serve {path.parent} --rest_api_port=8501")

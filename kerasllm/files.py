@@ -1,12 +1,13 @@
 """Writing files and folders that are there whole or not at all."""
 
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -65,6 +66,60 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def replaced_folder(path: str | os.PathLike, is_replaced: Callable[[str], bool]) -> Iterator[pathlib.Path]:
+    """Fills a folder beside its final place, which then takes the place of what was there before.
+
+    Whoever looks at `path` sees the old folder or the new one, never a mixture; if anything fails, the
+    old one stays as it was. Where the system cannot swap two folders in one step, there is a moment
+    without either, and the old one is beside under a name that starts with a dot.
+
+    Args:
+        path: The folder to make or replace; its parents are made too.
+        is_replaced: From the name of a file or folder that is there now to whether it goes; the others
+            are in the new folder too.
+
+    Yields:
+        The temporary folder to write into.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / _temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            for entry in path.iterdir():
+                target = temporary / entry.name
+                if entry.is_dir() and not is_replaced(entry.name):
+                    shutil.copytree(entry, target, symlinks=True, dirs_exist_ok=True)
+                elif not is_replaced(entry.name) and not target.exists():
+                    shutil.copy2(entry, target, follow_symlinks=False)
+            _swap(temporary, path)
+        else:
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: pathlib.Path, old: pathlib.Path) -> None:
+    """Gives each of two folders the other's name."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+        if renameat2(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
+            return
+    # Another system, or a file system that cannot do it in one step.
+    aside = old.parent / _temporary_name(old)
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
+    aside.rename(new)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

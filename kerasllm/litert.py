@@ -79,7 +79,7 @@ class Generator:
         Raises:
             ValueError: If the prompt is empty, or with the new tokens longer than the cache.
         """
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(prompt).ids
         room = self.cache_length - len(ids)
         if not ids:
             raise ValueError("A prompt must hold at least one token. Received: an empty prompt.")

@@ -191,7 +191,8 @@ def collect_stops(
         return Stop(name, ask(GREEDY), ask(SAMPLING))
 
     def live(settings):
-        return _answers(result.model.generate_tokens(prompts, NEW_TOKENS, **settings))
+        completions = result.model.generate_tokens(prompts, NEW_TOKENS, **settings)
+        return [(completion.text, completion.token_ids) for completion in completions]
 
     reloaded = tf.saved_model.load(str(served))
 

@@ -1,12 +1,21 @@
+import io
+import json
 import os
+import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import tensorflow as tf
+from reference.weights import randomize
+from reference.word_piece import make_word_piece
 
+from kerasllm import Bert, BertConfig, CausalLM, MaskedLM, SequenceClassifier, pipeline
 from kerasllm.cli import main
 
 
@@ -34,6 +43,98 @@ def test_generate(folder, causal_lm, capsys):
     assert capsys.readouterr().out == f"Once{sampled}\n"
 
 
+def test_generate_in_pieces_and_with_more_settings(folder, causal_lm, capsys):
+    assert main(["generate", folder, "Once", "--max-new-tokens", "6", "--stream"]) == 0
+    assert capsys.readouterr().out == f"Once{causal_lm.generate('Once', max_new_tokens=6)}\n"
+    assert main(["generate", folder, "Once", "-n", "2", "--temperature", "1", "--stop", "a"]) == 0
+    texts = causal_lm.generate("Once", n=2, temperature=1.0, stop_strings=["a"])
+    assert capsys.readouterr().out == "".join(f"Once{text}\n" for text in texts)
+    assert main(["generate", folder, "Once", "The", "--stream"]) == 1
+    assert "one result of one prompt. Received: 2 prompts" in capsys.readouterr().err
+
+
+def test_chat(folder, causal_lm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once\n"))
+    assert main(["chat", folder, "--max-new-tokens", "5"]) == 0
+    assert "no chat template" in capsys.readouterr().out
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    chatting = pathlib.Path(shutil.copytree(folder, tmp_path / "chat"))
+    (chatting / "chat_template.jinja").write_text(template, encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once\n"))
+    assert main(["chat", str(chatting), "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out == causal_lm.generate("Once ", max_new_tokens=5) + "\n"
+
+
+class TestEncoders:
+    @pytest.fixture(scope="class")
+    def path(self, tmp_path_factory):
+        """A BERT for masks."""
+        config = BertConfig(vocabulary_size=26, num_layers=1, num_heads=2, dim=8, intermediate_dim=12)
+        model = MaskedLM(randomize(Bert(config)), make_word_piece())
+        return str(model.save_pretrained(tmp_path_factory.mktemp("bert")))
+
+    def test_fill_mask(self, path, capsys):
+        text = "the [MASK] sat on the mat."
+        assert main(["fill-mask", path, text, "--top-k", "2"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        candidates = pipeline("fill-mask", path)(text, top_k=2)[0]
+        assert lines[0] == text
+        for line, candidate in zip(lines[1:], candidates, strict=True):
+            assert line.split()[:2] == [f"{candidate['score']:.4f}", candidate["token"]]
+            assert line.endswith(candidate["sequence"])
+
+    def test_embed(self, path, capsys, monkeypatch):
+        monkeypatch.setattr("sys.stdin", io.StringIO("the cat\na film\n"))
+        assert main(["embed", path]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        vectors = pipeline("feature-extraction", path)(["the cat", "a film"])
+        assert [line["text"] for line in lines] == ["the cat", "a film"]
+        np.testing.assert_allclose([line["embedding"] for line in lines], vectors, atol=1e-6)
+        assert main(["embed", path, "the cat", "a film", "--similarity"]) == 0
+        cosines = np.array([row.split() for row in capsys.readouterr().out.splitlines()], float)
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        np.testing.assert_allclose(cosines, unit @ unit.T, atol=1e-4)
+
+    def test_classify(self, tmp_path, capsys):
+        config = BertConfig(
+            vocabulary_size=26,
+            num_layers=1,
+            num_heads=2,
+            dim=8,
+            intermediate_dim=12,
+            labels=("bad", "good"),
+        )
+        model = SequenceClassifier(randomize(Bert(config, head="classifier")), make_word_piece())
+        path = str(model.save_pretrained(tmp_path))
+        assert main(["classify", path, "a nice film", "awful"]) == 0
+        best = [labels[0] for labels in model.classify(["a nice film", "awful"])]
+        expected = [f"{b['label']} {b['score']:.4f}" for b in best]
+        printed = capsys.readouterr().out.splitlines()
+        assert [line.split("  ")[0] for line in printed] == expected
+        assert [line.split("  ")[1] for line in printed] == ["a nice film", "awful"]
+
+    def test_a_model_for_another_task(self, path, capsys):
+        assert main(["generate", path, "the"]) == 1
+        message = "must be for text-generation or text2text-generation"
+        assert message in capsys.readouterr().err
+
+
+def test_convert(folder, causal_lm, tmp_path, capsys):
+    assert main(["convert", folder, str(tmp_path / "new"), "--dtype", "bfloat16"]) == 0
+    assert str(tmp_path / "new") in capsys.readouterr().out
+    half = CausalLM.from_pretrained(tmp_path / "new")
+    for mine, theirs in zip(half.model.weights, causal_lm.model.weights, strict=True):
+        np.testing.assert_array_equal(mine, tf.cast(tf.cast(theirs, "bfloat16"), "float32"))
+
+
+def test_pipeline_says_what_it_needs(causal_lm):
+    assert pipeline("text-generation", causal_lm) == causal_lm.generate
+    with pytest.raises(ValueError, match="'fill-mask' needs a MaskedLM. Received: a CausalLM"):
+        pipeline("fill-mask", causal_lm)
+    with pytest.raises(ValueError, match="`task` must be one of .*Received: 'translate'"):
+        pipeline("translate", causal_lm)
+
+
 def test_evaluate(folder, causal_lm, stories, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(stories[0], encoding="utf-8")
     assert main(["evaluate", folder, "--data", str(tmp_path)]) == 0
@@ -55,7 +156,7 @@ def test_train_then_use(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "nowhere", "a"], "There is no model at: nowhere"),
+        (["generate", "nowhere", "a"], "There is none at: 'nowhere'"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "output=x", "training.stepz=3"], "stepz"),
         (["train", "output=x", "training.steps=0"], "`steps` must be at least 1. Received: steps=0"),

@@ -1,9 +1,11 @@
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from kerasllm.files import new_file, new_folder, write_json, write_text
+from kerasllm import files
+from kerasllm.files import new_file, new_folder, replaced_folder, write_json, write_text
 
 
 def test_new_file_replaces_at_the_end(tmp_path):
@@ -56,3 +58,65 @@ def test_a_killed_export_leaves_no_version_folder(tmp_path):
     with new_folder(tmp_path / "1") as folder:  # and does not stand in the way of the next
         (folder / "saved_model.pb").write_text("whole")
     assert (tmp_path / "1" / "saved_model.pb").read_text() == "whole"
+
+
+# Replacing a folder
+
+
+def is_ours(name):
+    return name.endswith(".json")
+
+
+def write_old(folder):
+    (folder / "sub").mkdir(parents=True)
+    for name in ("config.json", "stale.json", "README.md", "sub/note.txt"):
+        (folder / name).write_text("old")
+
+
+def test_replaced_folder(tmp_path):
+    folder = tmp_path / "model"
+    write_old(folder)
+    with replaced_folder(folder, is_ours) as new:
+        (new / "config.json").write_text("new")
+        assert (folder / "config.json").read_text() == "old"
+    assert contents(folder) == {"README.md": "old", "config.json": "new", "sub/note.txt": "old"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_replaced_folder_that_was_not_there(tmp_path):
+    with replaced_folder(tmp_path / "a" / "model", is_ours) as new:
+        (new / "config.json").write_text("new")
+    assert contents(tmp_path) == {"a/model/config.json": "new"}
+
+
+def test_a_failed_replacement_leaves_the_old_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    write_old(folder)
+    before = contents(folder)
+    with pytest.raises(KeyboardInterrupt), replaced_folder(folder, is_ours) as new:
+        (new / "config.json").write_text("new")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {f"model/{name}": text for name, text in before.items()}
+    # And in the worst moment: while the folders change places.
+    rename, calls = pathlib.Path.rename, []
+
+    def failing(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("disk gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(files.pathlib.Path, "rename", failing)
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **kwargs: None)  # a system without renameat2
+    with pytest.raises(OSError, match="disk gone"), replaced_folder(folder, is_ours) as new:
+        (new / "config.json").write_text("new")
+    assert contents(tmp_path) == {f"model/{name}": text for name, text in before.items()}
+
+
+def test_replacing_without_renameat2(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **kwargs: None)
+    test_replaced_folder(tmp_path)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -19,7 +19,7 @@ ALLOWED = {
     "evaluation": set(),
     "config": {"models"},
     "checkpoints": {"models", "tokenizers", "files"},
-    "generation": {"models", "tokenizers"},
+    "generation": {"layers", "models", "tokenizers"},
     "training": {"models", "data", "tokenizers", "config", "files"},
     "export": {"models", "generation", "tokenizers", "files", "version"},
     "tasks": {
@@ -27,6 +27,7 @@ ALLOWED = {
         "tokenizers", "training",
     },
     "litert": set(),
+    "terminal": set(),
     "doctor": set(),
     "quickstart": {"config", "litert", "models", "tasks", "tokenizers"},
 }  # fmt: skip

@@ -41,7 +41,12 @@ class Mutant:
 
 
 ATTENTION = "layers/test_attention.py"
+POSITION = "layers/test_position.py"
+TRANSFORMER = "layers/test_transformer.py"
+BERT = "models/test_bert.py"
 GPT2 = "models/test_gpt2.py"
+LLAMA = "models/test_llama.py"
+T5 = "models/test_t5.py"
 
 MUTANTS = [
     Mutant(
@@ -90,7 +95,7 @@ MUTANTS = [
     Mutant(
         "no causal mask",
         "layers/attention.py",
-        (("if self.causal:\n", "if False:\n"),),
+        (("if self.causal:  #", "if False:  #"),),
         ATTENTION,
         "causal_to_the_last_bit",
     ),
@@ -137,22 +142,22 @@ MUTANTS = [
     Mutant(
         "scores not divided by the root of the width",
         "layers/attention.py",
-        (("query = query * (1.0 / math.sqrt(self.head_dim))", "query = query * 1.0"),),
+        (("1.0 / math.sqrt(head_dim) if query_scale", "1.0 if query_scale"),),
         ATTENTION,
         "self_attention_matches_numpy",
     ),
     Mutant(
         "sinusoids of the wrong frequencies",
         "layers/position.py",
-        (("-np.arange(0, dim, 2, dtype", "-np.arange(dim // 2, dtype"),),
-        "layers/test_position.py",
+        (("exponents = np.arange(0, dim, 2, dtype", "exponents = np.arange(dim // 2, dtype"),),
+        POSITION,
         "matches_the_paper",
     ),
     Mutant(
         "norm before the sum instead of after it",
         "layers/transformer.py",
-        (("else norm(x + branch(x))", "else x + norm(branch(x))"),),
-        "layers/test_transformer.py",
+        (("return norm(x + branch(x))", "return x + norm(branch(x))"),),
+        TRANSFORMER,
         "encoder_matches_numpy",
     ),
     Mutant(
@@ -160,8 +165,8 @@ MUTANTS = [
         "layers/attention.py",
         (
             (
-                "self._bias(offsets, length, key_length, attention_mask, batch, group)",
-                "self._bias(offsets, length, key_length, None if cache else attention_mask, batch, group)",
+                "key_length, attention_mask, position_bias, group)\n        mixed",
+                "key_length, None if cache else attention_mask, position_bias, group)\n        mixed",
             ),
         ),
         ATTENTION,
@@ -170,14 +175,14 @@ MUTANTS = [
     Mutant(
         "all rows written at the column of the first",
         "layers/attention.py",
-        (("columns == ops.reshape(index, (-1, 1, 1, 1))", "columns == index[0]"),),
+        (("columns == index, new", "columns == index[:1], new"),),
         ATTENTION,
         "rows_at_different_columns",
     ),
     Mutant(
         "positions forgotten",
         "models/gpt2.py",
-        (("x = x + self.position_embedding(self._positions(token_ids, cache_index))\n", "pass\n"),),
+        ((" + self.position_embedding(positions)\n", "\n"),),
         GPT2,
         "order_matters",
     ),
@@ -214,6 +219,245 @@ MUTANTS = [
         ),
         GPT2,
         "logits_and_loss",
+    ),
+    Mutant(
+        "no window",
+        "layers/attention.py",
+        (("if sliding_window is not None:\n", "if False:\n"),),
+        ATTENTION,
+        "options_match_numpy",
+    ),
+    Mutant(
+        "a window of one more",
+        "layers/attention.py",
+        (("keys > query_index - sliding_window", "keys >= query_index - sliding_window"),),
+        LLAMA,
+        "a_window_hides",
+    ),
+    Mutant(
+        "no norm of queries and keys",
+        "layers/attention.py",
+        (("if norm is not None:\n", "if False:\n"),),
+        ATTENTION,
+        "options_match_numpy",
+    ),
+    Mutant(
+        "scale of the queries ignored",
+        "layers/attention.py",
+        (("head_dim) if query_scale is None else query_scale", "head_dim)"),),
+        ATTENTION,
+        "options_match_numpy",
+    ),
+    Mutant(
+        "scores without their bound",
+        "layers/attention.py",
+        (("if score_cap is not None:\n", "if False:\n"),),
+        ATTENTION,
+        "options_match_numpy",
+    ),
+    Mutant(
+        "no position bias",
+        "layers/attention.py",
+        (("if position_bias is not None:\n", "if False:\n"),),
+        ATTENTION,
+        "position_bias_matches_numpy",
+    ),
+    Mutant(
+        "one column too many overwritten by several tokens",
+        "layers/attention.py",
+        (("columns < index + count", "columns <= index + count"),),
+        ATTENTION,
+        "several_tokens_per_row",
+    ),
+    Mutant(
+        "scaling of the rotation ignored",
+        "layers/position.py",
+        (("if scaling is None:\n", "if True:\n"),),
+        POSITION,
+        "scaling_matches",
+    ),
+    Mutant(
+        "slow and fast pairs exchanged in Llama 3's scaling",
+        "layers/position.py",
+        (("(1.0 - kept) * frequencies / factor + kept *", "kept * frequencies / factor + (1.0 - kept) *"),),
+        POSITION,
+        "scaling_matches",
+    ),
+    Mutant(
+        "YaRN without its temperature",
+        "layers/position.py",
+        (("attention_factor = temperature(1.0)", "attention_factor = 1.0"),),
+        POSITION,
+        "scaling_matches",
+    ),
+    Mutant(
+        "the whole head rotated instead of a fraction",
+        "layers/position.py",
+        (("self.rotary_dim = int(head_dim * fraction)", "self.rotary_dim = head_dim"),),
+        POSITION,
+        "scaling_matches",
+    ),
+    Mutant(
+        "distances without a direction",
+        "layers/position.py",
+        (("offset = np.where(distance > 0, count, 0)", "offset = 0"),),
+        POSITION,
+        "published_buckets",
+    ),
+    Mutant(
+        "linear instead of logarithmic buckets",
+        "layers/position.py",
+        (("growth = np.log(np.maximum(distance, 1)", "growth = (np.maximum(distance, 1)"),),
+        POSITION,
+        "published_buckets",
+    ),
+    Mutant(
+        "Gemma's gain without the one",
+        "layers/norm.py",
+        (("if self.unit_offset:\n", "if False:\n"),),
+        "layers/test_norm.py",
+        "matches_numpy",
+    ),
+    Mutant(
+        "no norm at the end of a branch",
+        "layers/transformer.py",
+        (("y if last_norm is None else last_norm(y)", "y"),),
+        TRANSFORMER,
+        "decoder_matches_numpy",
+    ),
+    Mutant(
+        "embeddings not scaled",
+        "models/llama.py",
+        (("if self.config.scale_embeddings:\n", "if False:\n"),),
+        LLAMA,
+        "matches_numpy",
+    ),
+    Mutant(
+        "logits without their bound",
+        "models/llama.py",
+        (("logits if cap is None else cap * ops.tanh(logits / cap)", "logits"),),
+        LLAMA,
+        "matches_numpy",
+    ),
+    Mutant(
+        "a rotation in every layer",
+        "models/llama.py",
+        (("if config.rotary_layers is None or config.rotary_layers[number]:", "if True:"),),
+        LLAMA,
+        "matches_numpy",
+    ),
+    Mutant(
+        "one rotation for layers with and without a window",
+        "models/llama.py",
+        (("if config.local_rotary_wavelength is not None:\n", "if False:\n"),),
+        LLAMA,
+        "matches_numpy",
+    ),
+    Mutant(
+        "a window in every layer",
+        "models/llama.py",
+        (("windowed = config.window_layers is None or config.window_layers[number]", "windowed = True"),),
+        LLAMA,
+        "matches_numpy",
+    ),
+    Mutant(
+        "the norms of a Llama's block exchanged in the weight table",
+        "models/llama.py",
+        (
+            (
+                'input_layernorm="attention_norm", post_attention_layernorm="feed_forward_norm"',
+                'input_layernorm="feed_forward_norm", post_attention_layernorm="attention_norm"',
+            ),
+        ),
+        LLAMA,
+        "logits_and_loss",
+    ),
+    Mutant(
+        "RoBERTa's positions counted from the padding's own",
+        "models/bert.py",
+        (("* counted + padding_id", "* counted + padding_id - 1"),),
+        BERT,
+        "hidden_states_match_numpy",
+    ),
+    Mutant(
+        "padding counted among RoBERTa's positions",
+        "models/bert.py",
+        (("return ops.cumsum(counted, axis=1)", "return ops.cumsum(ops.ones_like(counted), axis=1)"),),
+        BERT,
+        "pass_over_padding",
+    ),
+    Mutant(
+        "mask of an encoder ignored",
+        "models/bert.py",
+        (("x = block(x, attention_mask=attention_mask,", "x = block(x, attention_mask=None,"),),
+        BERT,
+        "padding_on_the_right",
+    ),
+    Mutant(
+        "norms of BERT before the branches",
+        "models/bert.py",
+        (("norm_first=False", "norm_first=True"),),
+        BERT,
+        "hidden_states_match_numpy",
+    ),
+    Mutant(
+        "the masked-token head with the body's activation",
+        "models/bert.py",
+        (("config.head_activation or config.activation", "config.activation"),),
+        BERT,
+        "masked_lm_matches_numpy",
+    ),
+    Mutant(
+        "no dropout before the last matrix of a classifier",
+        "models/bert.py",
+        (
+            (
+                "self.classifier_dropout(self.classifier_dense(x), training=training)",
+                "self.classifier_dense(x)",
+            ),
+        ),
+        BERT,
+        "each_dropout_is_applied",
+    ),
+    Mutant(
+        "buckets of the two directions exchanged",
+        "layers/position.py",
+        (("offset = np.where(distance > 0, count, 0)", "offset = np.where(distance < 0, count, 0)"),),
+        T5,
+        "test_matches_numpy",
+    ),
+    Mutant(
+        "tied head of T5 with an unscaled input",
+        "models/t5.py",
+        (("x * self.config.dim**-0.5", "x"),),
+        T5,
+        "test_matches_numpy",
+    ),
+    Mutant(
+        "scores of T5 divided by the root of the width",
+        "models/t5.py",
+        (("query_scale=1.0", "query_scale=None"),),
+        T5,
+        "test_matches_numpy",
+    ),
+    Mutant(
+        "distances of a decoded token as if it were the first",
+        "models/t5.py",
+        (
+            (
+                "self._positions(token_ids, cache_index), key_length",
+                "self._positions(token_ids, None), key_length",
+            ),
+        ),
+        T5,
+        "decoding_equals_the_whole",
+    ),
+    Mutant(
+        "padding of the source seen by the decoder",
+        "models/t5.py",
+        (("memory_mask=memory_mask,", "memory_mask=None,"),),
+        T5,
+        "padding_changes_nothing",
     ),
 ]
 

@@ -30,8 +30,19 @@ prepare_environment() {
   rm -f "$stamp"
   "$python" -m venv --clear "$environment"
   "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$constraints" --editable "$repository[serving,litert,test]"
+    --constraint "$constraints" --editable "$repository[serving,litert,grammar,test]"
   echo "$wanted" > "$stamp"
+}
+
+# Adds an extra of setup.cfg to the environment, once.
+install_extra() {
+  local stamp="$environment/kerasllm.$1.stamp"
+  if ! cmp --silent "$stamp" "$environment/kerasllm.stamp"; then
+    echo "kerasllm: adding the extra $1 to $environment" >&2
+    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
+      --constraint "$constraints" --editable "$repository[$1]"
+    cp "$environment/kerasllm.stamp" "$stamp"
+  fi
 }
 
 export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"

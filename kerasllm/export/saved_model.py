@@ -26,7 +26,7 @@ class CausalLMSignatures(tf.Module):
         # TensorFlow saves what a module holds. Keras keeps its variables where tf.Module does not look.
         self.model_variables = [variable.value for variable in model.variables]
         self.tokenizer = tokenizer
-        generator = TextGenerator(model, tokenizer)
+        generator = TextGenerator(model, tokenizer, config)
 
         @tf.function(input_signature=SIGNATURE[:1], autograph=False)
         def serve(prompt):

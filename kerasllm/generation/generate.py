@@ -1,9 +1,11 @@
-"""Prompt in, continuation out, as one TensorFlow graph."""
+"""Prompt in, continuation out, as one TensorFlow graph: what is exported."""
 
 import tensorflow as tf
 
 from kerasllm.generation.config import GenerationConfig
-from kerasllm.generation.sampling import choose_tokens, uniform_numbers
+from kerasllm.generation.decoding import append_token, decode, prefill
+from kerasllm.generation.processors import RowSettings, settings_arrays
+from kerasllm.generation.sampling import uniform_numbers
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
@@ -56,17 +58,19 @@ def _after(rules: list[tf.Operation], tensor):
 
 
 class TextGenerator(tf.Module):
-    """A causal language model and its tokenizer as functions from prompts to continuations.
+    """A causal language model and its tokenizer as graph functions from prompts to continuations.
 
-    Prompts of one batch may differ in length. They are padded on the right; columns of the cache are
-    positions of the text, each row decodes at its own position, and what stands behind a row's last
-    token is hidden from it until it is overwritten. So a row's result does not depend on its neighbours;
-    but a row that breaks a rule, such as a prompt longer than the context, fails the whole batch.
+    A row's result does not depend on its neighbours; but a row that breaks a rule, such as a prompt
+    longer than the context, fails the whole batch.
 
     Args:
         model: The model.
         tokenizer: The tokenizer.
-        config: The settings that `generate_text` uses where none are given.
+        config: What the signature has no input for, such as end tokens and penalties.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model, or `config` asks for what such a
+            graph does not do.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, config: GenerationConfig | None = None):
@@ -75,11 +79,15 @@ class TextGenerator(tf.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.config = config or GenerationConfig()
+        for name in ("stop_strings", "num_beams", "penalty_alpha"):
+            if (value := getattr(self.config, name)) != getattr(GenerationConfig, name):
+                raise ValueError(f"A graph cannot hold `{name}`. Received: {name}={value!r}")
 
     def encode_prompts(self, prompts: tf.Tensor) -> tf.RaggedTensor:
         """Tokenizes prompts and checks that the model can continue them.
 
-        Text that looks like a special token is not one: prompts are not trusted.
+        Text that looks like a special token is not one: prompts are not trusted. Special tokens that
+        the tokenizer puts around a text, such as one for its beginning, are put there.
 
         Args:
             prompts: Strings `[batch]`.
@@ -87,7 +95,7 @@ class TextGenerator(tf.Module):
         Returns:
             Int32 `[batch, None]`, ragged.
         """
-        token_ids = self.tokenizer.tokenize(prompts)
+        token_ids = self.tokenizer.tokenize(prompts, add_special_tokens=True)
         lengths = tf.cast(token_ids.row_lengths(), tf.int32)
         context = self.model.config.context_length
         rules = [
@@ -147,6 +155,12 @@ class TextGenerator(tf.Module):
         text = self.tokenizer.detokenize(ragged, skip_special_tokens=True)
         return {"text": text, "token_ids": generated, "num_tokens": num_tokens}
 
+    def _settings(self, count: tf.Tensor) -> RowSettings:
+        """The configuration for each of `count` rows."""
+        end_ids = self.config.end_ids(self.tokenizer.eos_id)
+        arrays = settings_arrays([self.config], [end_ids], self.model.config.vocabulary_size)
+        return RowSettings(*(None if a is None else tf.repeat(tf.constant(a), count, 0) for a in arrays))
+
     def generate_ids(
         self,
         token_ids: tf.RaggedTensor,
@@ -193,50 +207,16 @@ class TextGenerator(tf.Module):
 
         steps = tf.reduce_max(max_new_tokens)
         uniform = uniform_numbers(seed, steps)
-        prompt = token_ids.to_tensor(0)
-        batch, prompt_length = tf.shape(prompt)[0], tf.shape(prompt)[1]
-        logits, cache = self.model(
-            prompt,
-            cache=self.model.make_cache(batch, prompt_length + steps),
-            cache_index=0,
-            last_index=lengths - 1,
+        prompts = token_ids.to_tensor(0)
+        settings = self._settings(tf.size(lengths))._replace(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
         )
-        columns = tf.range(steps)[None]
+        logits, state = prefill(self.model, prompts, lengths, tf.shape(prompts)[1] + steps)
+        state = append_token(state, logits, settings, uniform)
+        state = decode(self.model, state, settings, uniform, steps)
 
-        def choose(step, logits):
-            number = tf.gather(uniform, step, axis=1)
-            return choose_tokens(logits[:, 0], number, temperature, top_k, top_p)
-
-        def accept(step, token, active, output, count):
-            """Appends the chosen token to the rows that go on, and ends rows."""
-            if self.tokenizer.eos_id is not None:
-                active &= token != self.tokenizer.eos_id
-            output = tf.where((columns == step) & active[:, None], token[:, None], output)
-            count += tf.cast(active, tf.int32)
-            return active & (count < max_new_tokens), output, count
-
-        def decode(step, token, active, output, count, cache):
-            # A row that has ended is computed along, at a place of its own that exists.
-            index = tf.where(active, lengths + step, lengths)
-            logits, cache = self.model(token[:, None], cache=cache, cache_index=index)
-            step += 1
-            token = choose(step, logits)
-            active, output, count = accept(step, token, active, output, count)
-            return step, token, active, output, count, cache
-
-        step = tf.constant(0)
-        token = choose(step, logits)
-        active, output, count = accept(
-            step,
-            token,
-            tf.ones([batch], tf.bool),
-            tf.fill([batch, steps], -1),
-            tf.zeros([batch], tf.int32),
-        )
-        state = tf.while_loop(
-            lambda step, token, active, *rest: tf.reduce_any(active),
-            decode,
-            [step, token, active, output, count, cache],
-        )
-        output, count = state[3], state[4]
-        return output[:, : tf.reduce_max(count)], count
+        counts = state.lengths - lengths
+        columns = tf.range(tf.reduce_max(counts))[None]
+        places = tf.minimum(lengths[:, None] + columns, tf.shape(state.sequences)[1] - 1)
+        generated = tf.gather(state.sequences, places, batch_dims=1)
+        return tf.where(columns < counts[:, None], generated, -1), counts

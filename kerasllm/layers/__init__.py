@@ -5,12 +5,14 @@ from kerasllm.layers.attention import (
     MultiHeadAttention,
     SelfAttention,
     SimplifiedSelfAttention,
+    updates_in_place,
 )
 from kerasllm.layers.embedding import TokenEmbedding
 from kerasllm.layers.feed_forward import FeedForward, GatedFeedForward
 from kerasllm.layers.norm import LayerNorm, RMSNorm
 from kerasllm.layers.position import (
     LearnedPositionEmbedding,
+    RelativePositionBias,
     RotaryEmbedding,
     SinusoidalPositionEncoding,
 )
@@ -26,9 +28,11 @@ __all__ = [
     "LearnedPositionEmbedding",
     "MultiHeadAttention",
     "RMSNorm",
+    "RelativePositionBias",
     "RotaryEmbedding",
     "SelfAttention",
     "SimplifiedSelfAttention",
     "SinusoidalPositionEncoding",
     "TokenEmbedding",
+    "updates_in_place",
 ]

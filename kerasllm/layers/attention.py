@@ -4,11 +4,17 @@ The first three layers are a ladder for learners; each adds one idea to the one 
 `MultiHeadAttention` included, end in the same `dot_product_attention`.
 """
 
+import contextlib
+import contextvars
+import functools
 import math
+import operator
+from typing import Any
 
 import keras
 from keras import ops
 
+from kerasllm.layers.norm import RMSNorm
 from kerasllm.layers.position import RotaryEmbedding
 
 # Added to a score that must not count. Large enough that its exponential is exactly 0 in float32, and
@@ -16,7 +22,24 @@ from kerasllm.layers.position import RotaryEmbedding
 MASKED = -1e9
 
 
-def dot_product_attention(query, keys, values, bias=None, dropout=None):
+# Whether a write into a cache touches only what it changes, as it does in XLA.
+_UPDATES_IN_PLACE = contextvars.ContextVar("updates_in_place", default=False)
+
+
+@contextlib.contextmanager
+def updates_in_place():
+    """While this is open, functions are traced for XLA, which writes single tokens into a cache.
+
+    Elsewhere such a write copies the cache, and a product over all of it is quicker.
+    """
+    token = _UPDATES_IN_PLACE.set(True)
+    try:
+        yield
+    finally:
+        _UPDATES_IN_PLACE.reset(token)
+
+
+def dot_product_attention(query, keys, values, bias=None, dropout=None, score_cap=None):
     """Weights the values by the softmax of the query-key products.
 
     Vaswani et al.: "Attention Is All You Need" (2017), section 3.2.1. The caller scales the query.
@@ -28,30 +51,40 @@ def dot_product_attention(query, keys, values, bias=None, dropout=None):
         bias: Float32, broadcastable to `[..., queries, keys]`, added to the scores; `MASKED` hides a
             key. None hides nothing.
         dropout: Function applied to the attention weights, or None.
+        score_cap: Bound that the scores approach, as `score_cap * tanh(score / score_cap)`, before the
+            bias is added; None: no bound.
 
     Returns:
         Floats `[..., queries, head_dim]` and the weights `[..., queries, keys]` before dropout.
     """
     scores = ops.cast(ops.matmul(query, ops.swapaxes(keys, -1, -2)), "float32")
+    if score_cap is not None:
+        scores = score_cap * ops.tanh(scores / score_cap)
     if bias is not None:
         scores = scores + bias
-    weights = ops.cast(ops.softmax(scores, axis=-1), query.dtype)
+    # The softmax over a single key is 1, and Keras warns of it.
+    weights = ops.ones_like(scores) if scores.shape[-1] == 1 else ops.softmax(scores, axis=-1)
+    weights = ops.cast(weights, query.dtype)
     dropped = weights if dropout is None else dropout(weights)
     return ops.matmul(dropped, ops.swapaxes(values, -1, -2)), weights
 
 
-def causal_bias(query_index, key_length):
-    """Bias that hides the keys after each query.
+def causal_bias(query_index, key_length, sliding_window=None):
+    """Bias that hides the keys after each query, and those too far before it.
 
     Args:
         query_index: Integers `[..., queries]`, each query's place in the sequence.
         key_length: Number of keys.
+        sliding_window: Number of keys that a query sees, itself included; None: all before it.
 
     Returns:
         Float32 `[..., queries, key_length]`: 0 where a key may be seen, `MASKED` elsewhere.
     """
     query_index = ops.expand_dims(ops.cast(query_index, "int32"), -1)
-    visible = ops.arange(key_length, dtype="int32") <= query_index
+    keys = ops.arange(key_length, dtype="int32")
+    visible = keys <= query_index
+    if sliding_window is not None:
+        visible = ops.logical_and(visible, keys > query_index - sliding_window)
     return ops.where(visible, 0.0, MASKED)
 
 
@@ -104,15 +137,36 @@ def _write(cache, new, index, axis):
         updated = ops.slice_update(cache, ops.stack([ops.cast(s, "int32") for s in start]), new)
         # The update loses the static shape, which a converter to fixed-shape runtimes needs.
         return ops.reshape(updated, ops.shape(cache))
-    if new.shape[axis] != 1:
-        raise ValueError(
-            "A `cache_index` per row writes one token per row. "
-            f"Received: {new.shape[axis]} tokens; pass one index for all rows instead"
-        )
+    if _UPDATES_IN_PLACE.get():
+        return _write_rows(cache, new, index, axis)
     column_shape = [1, 1, 1, 1]
     column_shape[axis] = -1
-    columns = ops.reshape(ops.arange(cache.shape[axis] or ops.shape(cache)[axis]), column_shape)
-    return ops.where(columns == ops.reshape(index, (-1, 1, 1, 1)), new, cache)
+    columns = ops.reshape(ops.arange(ops.shape(cache)[axis], dtype="int32"), column_shape)
+    index = ops.reshape(index, (-1, 1, 1, 1))
+    if new.shape[axis] == 1:
+        return ops.where(columns == index, new, cache)
+    # A product with zeros and ones brings each token to its column: exact, and cheaper than a gather.
+    count = ops.shape(new)[axis]
+    if axis == 2:
+        own = columns - index == ops.arange(count, dtype="int32")  # [batch, 1, columns, tokens]
+        moved = ops.matmul(ops.cast(own, cache.dtype), new)
+    else:
+        own = columns - index == ops.arange(count, dtype="int32")[:, None]  # [batch, 1, tokens, columns]
+        moved = ops.matmul(new, ops.cast(own, cache.dtype))
+    written = ops.logical_and(columns >= index, columns < index + count)
+    return ops.where(written, moved, cache)
+
+
+def _write_rows(cache, new, index, axis):
+    """Writes `new` into `cache` row by row, from each row's own column of `axis` on."""
+
+    def write(row, cache):
+        start = [row, 0, 0, 0]
+        own = ops.slice(new, ops.stack(start), (1, *new.shape[1:]))
+        start[axis] = ops.cast(index[row], "int32")
+        return ops.reshape(ops.slice_update(cache, ops.stack(start), own), ops.shape(cache))
+
+    return ops.fori_loop(0, ops.shape(cache)[0], write, cache)
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
@@ -208,17 +262,27 @@ class MultiHeadAttention(keras.layers.Layer):
         num_heads: Number of query heads.
         num_kv_heads: Number of key-value heads, a divisor of `num_heads`. None: `num_heads`.
         head_dim: Width of a head. None: `dim / num_heads`.
+        query_scale: Multiplies the queries. None: `1 / sqrt(head_dim)`.
+        score_cap: Bound that the scores approach, see `dot_product_attention`; None: no bound.
         causal: Whether a query sees only keys up to its own place. Self-attention only.
+        sliding_window: Number of keys that a query of causal attention sees, its own place included;
+            None: all up to there.
         rotary_wavelength: `max_wavelength` of a rotary embedding on queries and keys; None: no rotary
             embedding. Self-attention only.
+        rotary_scaling: `scaling` of that embedding, see `RotaryEmbedding`.
+        rotary_fraction: `fraction` of that embedding.
+        qk_norm: Whether an `RMSNorm` over each head of queries and keys comes before the rotation.
+        norm_epsilon: Epsilon of those norms.
+        norm_unit_offset: `unit_offset` of those norms.
         use_bias: Whether queries, keys and values have biases.
         output_bias: Whether the output matrix has a bias. None: as `use_bias`.
-        dropout: Fraction of the attention weights and of the outputs set to zero while training.
+        dropout: Fraction of the outputs set to zero while training.
+        attention_dropout: The same for the attention weights. None: as `dropout`.
         initializer_range: Standard deviation of the normal initialisation.
         output_initializer_range: The same for the output matrix; None takes `initializer_range`.
 
     Raises:
-        ValueError: If the heads do not divide as above.
+        ValueError: If the heads do not divide as above, or arguments do not fit together.
     """
 
     def __init__(
@@ -227,11 +291,20 @@ class MultiHeadAttention(keras.layers.Layer):
         num_heads: int,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        query_scale: float | None = None,
+        score_cap: float | None = None,
         causal: bool = False,
+        sliding_window: int | None = None,
         rotary_wavelength: float | None = None,
+        rotary_scaling: dict[str, Any] | None = None,
+        rotary_fraction: float = 1.0,
+        qk_norm: bool = False,
+        norm_epsilon: float = 1e-6,
+        norm_unit_offset: bool = False,
         use_bias: bool = True,
         output_bias: bool | None = None,
         dropout: float = 0.0,
+        attention_dropout: float | None = None,
         initializer_range: float = 0.02,
         output_initializer_range: float | None = None,
         **kwargs,
@@ -255,15 +328,37 @@ class MultiHeadAttention(keras.layers.Layer):
             head_dim = dim // num_heads
         if head_dim < 1:
             raise ValueError(f"`head_dim` must be at least 1. Received: head_dim={head_dim}")
+        if sliding_window is not None and (sliding_window < 1 or not causal):
+            raise ValueError(
+                "`sliding_window` must be at least 1 and needs `causal` to be True. "
+                f"Received: sliding_window={sliding_window}, causal={causal}"
+            )
+        for name, value in (("query_scale", query_scale), ("score_cap", score_cap)):
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive or None. Received: {name}={value}")
+        if rotary_wavelength is None and (rotary_scaling is not None or rotary_fraction != 1.0):
+            raise ValueError(
+                "`rotary_scaling` and `rotary_fraction` need a `rotary_wavelength`. Received: "
+                f"rotary_scaling={rotary_scaling}, rotary_fraction={rotary_fraction}"
+            )
         self.dim = dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.query_scale = 1.0 / math.sqrt(head_dim) if query_scale is None else query_scale
+        self.score_cap = score_cap
         self.causal = causal
+        self.sliding_window = sliding_window
         self.rotary_wavelength = rotary_wavelength
+        self.rotary_scaling = rotary_scaling
+        self.rotary_fraction = rotary_fraction
+        self.qk_norm = qk_norm
+        self.norm_epsilon = norm_epsilon
+        self.norm_unit_offset = norm_unit_offset
         self.use_bias = use_bias
         self.output_bias = use_bias if output_bias is None else output_bias
         self.dropout = dropout
+        self.attention_dropout = dropout if attention_dropout is None else attention_dropout
         self.initializer_range = initializer_range
         self.output_initializer_range = (
             initializer_range if output_initializer_range is None else output_initializer_range
@@ -282,27 +377,42 @@ class MultiHeadAttention(keras.layers.Layer):
         self.key = dense("key", num_kv_heads * head_dim, use_bias, initializer_range)
         self.value = dense("value", num_kv_heads * head_dim, use_bias, initializer_range)
         self.output_dense = dense("output", dim, self.output_bias, self.output_initializer_range)
+        self.query_norm = self.key_norm = None
+        if qk_norm:
+            self.query_norm, self.key_norm = (
+                RMSNorm(norm_epsilon, norm_unit_offset, name=name, dtype=self.dtype_policy)
+                for name in ("query_norm", "key_norm")
+            )
         self.rotary = None
         if rotary_wavelength is not None:
-            self.rotary = RotaryEmbedding(head_dim, rotary_wavelength, dtype=self.dtype_policy)
-        self.weight_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+            self.rotary = RotaryEmbedding(
+                head_dim, rotary_wavelength, rotary_scaling, rotary_fraction, dtype=self.dtype_policy
+            )
+        self.weight_dropout = keras.layers.Dropout(self.attention_dropout, dtype=self.dtype_policy)
         self.output_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
 
     def build(self, x_shape, memory_shape=None):
         self.query.build(x_shape)
         for layer in (self.key, self.value):
             layer.build(memory_shape or x_shape)
+        if self.qk_norm:
+            for layer in (self.query_norm, self.key_norm):
+                layer.build((None, None, None, self.head_dim))
         self.output_dense.build((None, None, self.num_heads * self.head_dim))
 
     def _heads(self, x, num_heads):
         batch, length, _ = ops.shape(x)
         return ops.reshape(x, (batch, length, num_heads, self.head_dim))
 
+    def _place(self, heads, norm, positions):
+        """Normalises queries or keys `[batch, length, heads, head_dim]` and rotates them."""
+        if norm is not None:
+            heads = norm(heads)
+        return heads if self.rotary is None else self.rotary(heads, positions)
+
     def _keys_and_values(self, x, positions=None):
         """Projects `x` to keys `[batch, kv_heads, length, head_dim]` and transposed values."""
-        keys = self._heads(self.key(x), self.num_kv_heads)
-        if self.rotary is not None:
-            keys = self.rotary(keys, positions)
+        keys = self._place(self._heads(self.key(x), self.num_kv_heads), self.key_norm, positions)
         values = self._heads(self.value(x), self.num_kv_heads)
         return ops.transpose(keys, (0, 2, 1, 3)), ops.transpose(values, (0, 2, 3, 1))
 
@@ -348,6 +458,7 @@ class MultiHeadAttention(keras.layers.Layer):
         x,
         memory=None,
         attention_mask=None,
+        position_bias=None,
         positions=None,
         cache=None,
         cache_index=None,
@@ -360,14 +471,16 @@ class MultiHeadAttention(keras.layers.Layer):
             memory: Floats `[batch, memory_length, memory_width]`: where keys and values come from.
                 None: from `x` (self-attention).
             attention_mask: Which keys count, see `mask_bias`; combined with the causal rule.
+            position_bias: Floats `[batch or 1, num_heads, length, keys]` added to the scores, see
+                `RelativePositionBias`.
             positions: Integers `[length]` or `[batch, length]` for the rotary embedding. None: the
                 places of the tokens, from `cache_index` on.
             cache: Keys and values as `make_cache` or `memory_cache` gave them. With `cache_index` the
                 keys and values of `x` are written into it first; without, it is only read, which is
                 cross-attention over memory projected before.
             cache_index: The column of the first token of `x`, which is also that token's place in the
-                causal rule: a Python int, an integer tensor `[]`, or integers `[batch]` where `x`
-                holds one token a row. It must lie inside the cache, which only an int lets us check.
+                causal rule: a Python int, an integer tensor `[]`, or integers `[batch]`, one per row.
+                All tokens must lie inside the cache, which only an int lets us check.
             training: Whether dropout is on.
 
         Returns:
@@ -389,7 +502,7 @@ class MultiHeadAttention(keras.layers.Layer):
             offsets = ops.expand_dims(cache_index, -1) + offsets
         positions = offsets if positions is None else positions
 
-        query = self._heads(self.query(x), self.num_heads)
+        query = self._place(self._heads(self.query(x), self.num_heads), self.query_norm, positions)
         if memory is not None:
             self._require_cross()
             keys, values = self._keys_and_values(memory)
@@ -401,23 +514,26 @@ class MultiHeadAttention(keras.layers.Layer):
             if cache is not None:
                 keys = _write(cache[0], keys, cache_index, axis=2)
                 values = _write(cache[1], values, cache_index, axis=3)
-        if self.rotary is not None:
-            query = self.rotary(query, positions)
 
         # b batch, k key-value heads, g query heads per key-value head, q queries, h head width.
         # The g heads of a group are consecutive, and stacking them along the queries lets one product
         # serve the group without a copy of the keys.
         group = self.num_heads // self.num_kv_heads
-        query = query * (1.0 / math.sqrt(self.head_dim))
+        query = query * self.query_scale
         query = ops.reshape(query, (batch, length, self.num_kv_heads, group, self.head_dim))
         query = ops.transpose(query, (0, 2, 3, 1, 4))  # b k g q h
         stacked = (batch, self.num_kv_heads, group * length, self.head_dim)
         query = ops.reshape(query, stacked)
 
         key_length = ops.shape(keys)[2]
-        bias = self._bias(offsets, length, key_length, attention_mask, batch, group)
+        bias = self._bias(offsets, length, key_length, attention_mask, position_bias, group)
         mixed, _ = dot_product_attention(
-            query, keys, values, bias, lambda w: self.weight_dropout(w, training=training)
+            query,
+            keys,
+            values,
+            bias,
+            lambda weights: self.weight_dropout(weights, training=training),
+            self.score_cap,
         )
         mixed = ops.reshape(mixed, (batch, self.num_heads, length, self.head_dim))
         mixed = ops.transpose(mixed, (0, 2, 1, 3))
@@ -425,15 +541,17 @@ class MultiHeadAttention(keras.layers.Layer):
         output = self.output_dropout(self.output_dense(mixed), training=training)
         return output if cache_index is None else (output, (keys, values))
 
-    def _bias(self, query_index, length, key_length, attention_mask, batch, group):
-        """The sum of the causal rule and the mask, laid out as the stacked scores are."""
-        bias = None
-        if self.causal:
-            bias = causal_bias(query_index, key_length)  # [q, keys] or [b, q, keys]
-            bias = ops.reshape(bias, (-1, 1, length, key_length))
+    def _bias(self, query_index, length, key_length, attention_mask, position_bias, group):
+        """The sum of all that is added to the scores, laid out as the stacked scores are."""
+        terms = []
+        if self.causal:  # [q, keys] or [b, q, keys]
+            bias = causal_bias(query_index, key_length, self.sliding_window)
+            terms.append(ops.reshape(bias, (-1, 1, length, key_length)))
         if attention_mask is not None:
-            mask = mask_bias(attention_mask)
-            bias = mask if bias is None else bias + mask
+            terms.append(mask_bias(attention_mask))
+        if position_bias is not None:
+            terms.append(ops.cast(position_bias, "float32"))
+        bias = functools.reduce(operator.add, terms) if terms else None
         if bias is None or group == 1:
             return bias
         rows, heads, queries, _ = ops.shape(bias)

@@ -22,6 +22,7 @@ class _FeedForward(keras.layers.Layer):
         activation: str,
         use_bias: bool = True,
         dropout: float = 0.0,
+        activation_dropout: float = 0.0,
         initializer_range: float = 0.02,
         output_initializer_range: float | None = None,
         **kwargs,
@@ -37,11 +38,13 @@ class _FeedForward(keras.layers.Layer):
         self.activation = activation
         self.use_bias = use_bias
         self.dropout = dropout
+        self.activation_dropout = activation_dropout
         self.initializer_range = initializer_range
         self.output_initializer_range = (
             initializer_range if output_initializer_range is None else output_initializer_range
         )
-        self.dropout_layer = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+        self.hidden_dropout_layer = keras.layers.Dropout(activation_dropout, dtype=self.dtype_policy)
+        self.output_dropout_layer = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
 
     def build(self, input_shape):
         dim = input_shape[-1]
@@ -61,6 +64,11 @@ class _FeedForward(keras.layers.Layer):
             setattr(self, name, dense(name, self.intermediate_dim, dim, self.initializer_range))
         self.down = dense("down", dim, self.intermediate_dim, self.output_initializer_range)
 
+    def _leave(self, hidden, training):
+        """From the wide layer back to the stream, with both dropouts."""
+        hidden = self.hidden_dropout_layer(hidden, training=training)
+        return self.output_dropout_layer(self.down(hidden), training=training)
+
     def compute_output_shape(self, input_shape):
         return input_shape
 
@@ -74,6 +82,7 @@ class FeedForward(_FeedForward):
         activation: `"gelu"` (exact), `"gelu_tanh"` (GPT-2's approximation), `"relu"` or `"silu"`.
         use_bias: Whether the matrices have biases.
         dropout: Fraction of the outputs set to zero while training.
+        activation_dropout: The same for the wide layer.
         initializer_range: Standard deviation of the normal initialisation.
         output_initializer_range: The same for `down`; None takes `initializer_range`.
     """
@@ -94,7 +103,7 @@ class FeedForward(_FeedForward):
             Floats `[batch, length, dim]`.
         """
         hidden = ACTIVATIONS[self.activation](self.up(x))
-        return self.dropout_layer(self.down(hidden), training=training)
+        return self._leave(hidden, training)
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
@@ -108,6 +117,7 @@ class GatedFeedForward(_FeedForward):
         activation: `"silu"`, `"gelu"`, `"gelu_tanh"` or `"relu"`, applied to the gate only.
         use_bias: Whether the matrices have biases.
         dropout: Fraction of the outputs set to zero while training.
+        activation_dropout: The same for the wide layer.
         initializer_range: Standard deviation of the normal initialisation.
         output_initializer_range: The same for `down`; None takes `initializer_range`.
     """
@@ -128,4 +138,4 @@ class GatedFeedForward(_FeedForward):
             Floats `[batch, length, dim]`.
         """
         hidden = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
-        return self.dropout_layer(self.down(hidden), training=training)
+        return self._leave(hidden, training)

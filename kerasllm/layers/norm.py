@@ -72,7 +72,15 @@ class RMSNorm(_Norm):
 
     Args:
         epsilon: Added to the mean square.
+        unit_offset: Whether the gain is `1 + scale`, with a scale that starts at zero, as in Gemma.
     """
+
+    def __init__(self, epsilon: float = 1e-5, unit_offset: bool = False, **kwargs):
+        super().__init__(epsilon=epsilon, **kwargs)
+        self.unit_offset = unit_offset
+
+    def build(self, input_shape):
+        self.scale = self._vector("scale", input_shape[-1], "zeros" if self.unit_offset else "ones")
 
     def call(self, x):
         """Normalises the last axis.
@@ -85,6 +93,9 @@ class RMSNorm(_Norm):
         """
         wide = ops.cast(x, "float32")
         mean_square = ops.mean(ops.square(wide), axis=-1, keepdims=True)
+        gain = ops.cast(self.scale, "float32")
+        if self.unit_offset:
+            gain = 1.0 + gain
         # The order of the products is that of LayerNorm, for the same reason.
-        y = wide * (ops.rsqrt(mean_square + self.epsilon) * ops.cast(self.scale, "float32"))
+        y = wide * (ops.rsqrt(mean_square + self.epsilon) * gain)
         return ops.cast(y, self.compute_dtype)

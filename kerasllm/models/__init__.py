@@ -3,9 +3,12 @@
 from typing import Any
 
 from kerasllm.models.base import DecoderModel, LanguageModel, ModelConfig
+from kerasllm.models.bert import Bert, BertConfig
 from kerasllm.models.gpt2 import GPT2, GPT2Config
+from kerasllm.models.llama import Llama, LlamaConfig
+from kerasllm.models.t5 import T5, T5Config
 
-FAMILIES: tuple[type[LanguageModel], ...] = (GPT2,)
+FAMILIES: tuple[type[LanguageModel], ...] = (GPT2, Llama, Bert, T5)
 # The only registry: a Hugging Face `model_type` to the family that loads it.
 MODELS: dict[str, type[LanguageModel]] = {
     model_type: family for family in FAMILIES for model_type in family.config_class.dialects
@@ -59,10 +62,16 @@ __all__ = [
     "FAMILIES",
     "GPT2",
     "MODELS",
+    "T5",
+    "Bert",
+    "BertConfig",
     "DecoderModel",
     "GPT2Config",
     "LanguageModel",
+    "Llama",
+    "LlamaConfig",
     "ModelConfig",
+    "T5Config",
     "find_head",
     "find_model_class",
 ]

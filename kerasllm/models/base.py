@@ -70,6 +70,7 @@ class Dialect:
         ignored: Names in config.json that say nothing about the computation.
         defaults: Fields that this `model_type` implies, or that its config.json may leave out.
         ignored_tensors: Regular expressions of tensors that are no weights.
+        renamed: Regular expressions in the tensor names of older files, and what stands for them today.
         read: From the parsed config.json to one with only the names above.
         write: The way back; gets what the names say and the config.
     """
@@ -83,6 +84,7 @@ class Dialect:
     ignored: frozenset[str] = frozenset()
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     ignored_tensors: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
     read: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
     write: Callable[[dict[str, Any], "ModelConfig"], dict[str, Any]] = lambda values, config: values
 
@@ -297,13 +299,17 @@ class LanguageModel(keras.Model):
         table = {prefix + name: target for name, target in dialect.weights.items()}
         table |= dialect.head_weights.get(self.head, {})
         paths = set(self.variables_by_path())
+        # A variable that this configuration does not have (a bias, say) has no tensor either.
+        return {name: target for name, target in self._spell(table).items() if target[0][0] in paths}
+
+    def _spell(self, table: WeightsTable) -> dict[str, tuple[tuple[str, ...], Transform]]:
+        """Writes the number of each layer into a weight table."""
         spelled = {}
         for name, (targets, transform) in table.items():
             targets = (targets,) if isinstance(targets, str) else targets
             for number in range(self._count_layers()) if "{}" in name else (0,):
-                # A variable that this configuration does not have (a bias, say) has no tensor either.
-                if (filled := tuple(t.format(number) for t in targets))[0] in paths:
-                    spelled[name.format(number)] = (filled, transform)
+                filled = tuple(target.format(number) for target in targets)
+                spelled[name.format(number)] = (filled, transform)
         return spelled
 
     def checkpoint_names(self, names: Iterable[str]) -> dict[str, str]:
@@ -316,25 +322,28 @@ class LanguageModel(keras.Model):
             Name in the checkpoint to name in `weight_map`, without the buffers that are no weights and
             without what belongs to another head. A name that is not known stays as it is.
         """
-        dialect = self.config.dialect
-        names = [n for n in names if not any(re.search(p, n) for p in dialect.ignored_tensors)]
-        table = self.weight_map()
-        body = {name for name in table if name not in self.head_tensors()}
-        others = set().union(*(dialect.head_weights.values())) - set(table)
+        dialect, table = self.config.dialect, self.weight_map()
+        others = set().union(*(self._spell(head) for head in dialect.head_weights.values())) - set(table)
         found = {}
         for name in names:
-            if name in others:
+            if any(re.search(pattern, name) for pattern in dialect.ignored_tensors):
                 continue
-            bare = name.removeprefix(dialect.prefix)
-            if (own := bare if self.head is None else dialect.prefix + bare) in body:
-                found[name] = own
-            else:
+            today = name
+            for pattern, replacement in dialect.renamed:
+                today = re.sub(pattern, replacement, today)
+            bare = today.removeprefix(dialect.prefix)
+            spellings = (today, dialect.prefix + bare, bare)
+            own = [spelling for spelling in spellings if spelling in table]
+            if own:
+                found[name] = own[0]
+            elif others.isdisjoint(spellings):
                 found[name] = name
         return found
 
     def head_tensors(self) -> set[str]:
         """Returns the names in `weight_map` that belong to the head."""
-        return set(self.config.dialect.head_weights.get(self.head, {}))
+        head = self.config.dialect.head_weights.get(self.head, {})
+        return set(self._spell(head)) & set(self.weight_map())
 
     def variables_by_path(self) -> dict[str, keras.Variable]:
         """Returns the model's weights by their path below the model, such as `block_0/attention/…`."""
@@ -448,6 +457,7 @@ class DecoderModel(LanguageModel):
         cache_index=None,
         last_index=None,
         training: bool = False,
+        return_hidden: bool = False,
     ):
         """Predicts the token after each token; with another head, classifies or gives hidden states.
 
@@ -459,6 +469,8 @@ class DecoderModel(LanguageModel):
                 and only if there is a cache.
             last_index: Integers `[batch]`: return the result at this place of each row only.
             training: Whether dropout is on.
+            return_hidden: Whether to return a pair: the result, and the last hidden states of all
+                places `[batch, length, dim]`.
 
         Returns:
             Floats. `"causal_lm"`: logits `[batch, length, vocabulary_size]`, or `[batch, 1, …]` with
@@ -484,14 +496,15 @@ class DecoderModel(LanguageModel):
                 updated.append(layer_cache)
         if self.head == "classifier" and last_index is None:
             last_index = self._last_tokens(token_ids, attention_mask)
+        hidden = x = self.final_norm(x)
         if last_index is not None:
             x = ops.take_along_axis(x, ops.reshape(last_index, (-1, 1, 1)), axis=1)
-        x = self.final_norm(x)
         if self.head == "causal_lm":
             x = self._logits(x)
         elif self.head == "classifier":
             x = ops.squeeze(self.classifier(x), 1)
-        return x if cache is None else (x, updated)
+        outputs = (x, hidden) if return_hidden else x
+        return outputs if cache is None else (outputs, updated)
 
     @staticmethod
     def _last_tokens(token_ids, attention_mask):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import keras
 
-from kerasllm.checkpoints import load_folder, save_folder
+from kerasllm.checkpoints import Checkpoint, load_checkpoint, save_folder
 from kerasllm.files import new_file
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
@@ -89,11 +89,12 @@ class Task(keras.Model):
             super().save(temporary, **kwargs)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Task":
+    def load(cls, path: str | os.PathLike, dtype: str | None = None) -> "Task":
         """Loads what `save` or `save_pretrained` wrote.
 
         Args:
             path: A `.keras` file, or whatever `from_pretrained` takes.
+            dtype: Keras dtype policy; a `.keras` file has its own. None: Keras's default.
 
         Returns:
             The model; from a `.keras` file with the optimizer's state.
@@ -103,12 +104,14 @@ class Task(keras.Model):
             ValueError: If the file is damaged or holds something else.
         """
         if not str(path).endswith(".keras"):
-            return cls.from_pretrained(path)
+            return cls.from_pretrained(path, dtype)
+        if dtype is not None:
+            raise ValueError(f"A .keras file has a dtype of its own: leave `dtype` out. Received: {dtype}")
         if not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"There is no model at: {path}")
         try:
             model = keras.models.load_model(path)
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, LookupError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"Not a .keras file, or a damaged one: {path} ({error})") from error
         if not isinstance(model, cls):
             raise ValueError(f"The file must hold a {cls.__name__}. Received: {type(model).__name__}")
@@ -131,25 +134,27 @@ class Task(keras.Model):
         return None
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, dtype: str | None = None) -> "Task":
-        """Loads a model in Hugging Face's layout.
+    def from_pretrained(
+        cls, source: str | os.PathLike, dtype: str | None = None, revision: str | None = None
+    ) -> "Task":
+        """Loads a checkpoint.
 
         Args:
-            folder: A folder with config.json and safetensors.
+            source: A folder in Hugging Face's layout, a hub id such as `"owner/name"`, a `.gguf` file or
+                a KerasHub preset.
             dtype: Keras dtype policy. None: Keras's default.
+            revision: Branch, tag or commit of a hub id.
 
         Returns:
-            The model.
+            The model. Where the checkpoint has another head, that of the task is new and untrained, and
+            a warning says so.
 
         Raises:
-            FileNotFoundError, ValueError: As `kerasllm.checkpoints.load_folder`.
+            FileNotFoundError, ValueError: As `kerasllm.checkpoints.load_checkpoint`.
         """
-        model, tokenizer, generation = load_folder(folder, dtype)
-        return cls._from_checkpoint(model, tokenizer, generation)
+        return cls._from_checkpoint(load_checkpoint(source, cls.head, dtype, revision))
 
     @classmethod
-    def _from_checkpoint(
-        cls, model: LanguageModel, tokenizer: Tokenizer | None, generation: dict[str, Any]
-    ) -> "Task":
-        """Makes the task of the parts of a checkpoint; `generation` is its generation_config.json."""
-        return cls(model, tokenizer)
+    def _from_checkpoint(cls, checkpoint: Checkpoint) -> "Task":
+        """Makes the task of what a checkpoint holds."""
+        return cls(checkpoint.model, checkpoint.tokenizer)

@@ -1,11 +1,8 @@
 """A model that continues text: fit, evaluate, generate, save, export."""
 
-import dataclasses
-import functools
 import os
 import pathlib
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,20 +10,12 @@ import tensorflow as tf
 
 from kerasllm.data import language_model_dataset
 from kerasllm.export import export_litert, export_saved_model
-from kerasllm.generation import (
-    SIGNATURE,
-    GenerationConfig,
-    TextGenerator,
-    batch_settings,
-)
-from kerasllm.models import LanguageModel
-from kerasllm.tasks.base import Task
-from kerasllm.tokenizers import Tokenizer
+from kerasllm.tasks.generation import GeneratingTask
 from kerasllm.training import TokenWeightedTraining
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
-class CausalLM(TokenWeightedTraining, Task):
+class CausalLM(TokenWeightedTraining, GeneratingTask):
     """A language model with its tokenizer.
 
     Args:
@@ -46,17 +35,6 @@ class CausalLM(TokenWeightedTraining, Task):
     """
 
     head = "causal_lm"
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        tokenizer: Tokenizer | None = None,
-        generation_config: GenerationConfig | None = None,
-        **kwargs,
-    ):
-        super().__init__(model, tokenizer, **kwargs)
-        self.generation_config = generation_config or GenerationConfig()
-        self._generate_functions: dict = {}
 
     def call(self, token_ids, training: bool = False):
         """Predicts the token after each token.
@@ -168,117 +146,36 @@ class CausalLM(TokenWeightedTraining, Task):
 
     # Generation
 
-    def generate(
+    def chat(
         self,
-        prompts: str | Sequence[str],
+        messages: Sequence[Mapping[str, Any]],
         max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-    ) -> str | list[str]:
-        """Continues one prompt or several.
-
-        Settings that are None come from `generation_config`; see there what they mean.
+        *,
+        stream: bool = False,
+        template_options: Mapping[str, Any] | None = None,
+        **settings,
+    ) -> str | Iterator[str]:
+        """Answers in a conversation.
 
         Args:
-            prompts: A text or several. They may differ in length; each result is what the prompt
-                alone would give.
-            max_new_tokens: Most tokens to generate. None: the config's number, or less where the
-                context ends before.
-            temperature: 0: the most likely token each time; above 0: drawn.
-            top_k: Draw among so many tokens only; 0: among all.
-            top_p: Draw among the fewest tokens whose probabilities reach this sum.
-            seed: Start of the random numbers, the same for each prompt.
+            messages: The messages so far, such as `{"role": "user", "content": "Hello"}`. What they say
+                is never taken for a special token.
+            max_new_tokens: As in `generate`.
+            stream: Whether to return the answer in pieces as it comes.
+            template_options: Further arguments of `Tokenizer.encode_chat`, such as `tools`.
+            **settings: As in `generate`.
 
         Returns:
-            The continuation without the prompt and without special tokens: a string for a string, a
-            list for several.
+            The answer, or with `stream` an iterator of its pieces.
 
         Raises:
-            ValueError: If a prompt is empty or does not fit into the context, or a setting is out of
-                range.
+            ValueError: As in `generate`, or if the tokenizer has no chat template.
         """
-        single = isinstance(prompts, str)
-        outputs = self.generate_tokens(
-            [prompts] if single else prompts, max_new_tokens, temperature, top_k, top_p, seed
-        )
-        texts = [text.decode("utf-8") for text in outputs["text"].numpy()]
-        return texts[0] if single else texts
+        options = {"add_generation_prompt": True, **(template_options or {})}
+        prompt = self._require_tokenizer().encode_chat(messages, **options)
+        return self.generate(prompt, max_new_tokens, stream=stream, **settings)
 
-    def generate_tokens(
-        self,
-        prompts: Sequence[str],
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-    ) -> dict[str, tf.Tensor]:
-        """As `generate`, but returns what the exported `generate` signature returns.
-
-        Returns:
-            `text`: strings `[batch]`; `token_ids`: int32 `[batch, longest]`, filled up with -1;
-            `num_tokens`: int32 `[batch]`.
-        """
-        prompts = list(prompts)
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"`prompts` must be one text or a list of texts. Received: {prompts!r}")
-        settings = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-        }
-        given = {name: value for name, value in settings.items() if value is not None}
-        config = dataclasses.replace(self.generation_config, **given)
-        generate = self._generate_function(fit_to_context=max_new_tokens is None)
-        try:
-            return generate(tf.constant(prompts), *batch_settings(config, len(prompts)).values())
-        except tf.errors.InvalidArgumentError as error:
-            # A rule of the graph was broken; the rest of the message is TensorFlow's own.
-            rule = re.search(r"assertion failed: \[(.*)\]$", error.message, re.MULTILINE)
-            if rule is None:
-                raise
-            raise ValueError(rule[1]) from None
-
-    def _generate_function(self, fit_to_context: bool):
-        """The generation as a graph, traced once for any number of prompts."""
-        tokenizer = self._require_tokenizer()
-        key = (fit_to_context, id(tokenizer))  # whoever sets another tokenizer gets another graph
-        if key not in self._generate_functions:
-            generator = TextGenerator(self.model, tokenizer)
-            self._generate_functions[key] = tf.function(
-                functools.partial(generator.generate_text, fit_to_context=fit_to_context),
-                input_signature=SIGNATURE,
-                autograph=False,
-            )
-        return self._generate_functions[key]
-
-    # Saving and loading
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "generation_config": dataclasses.asdict(self.generation_config)}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "CausalLM":
-        generation = GenerationConfig(**config["generation_config"])
-        return super().from_config({**config, "generation_config": generation})
-
-    def _generation_settings(self) -> dict[str, Any]:
-        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
-        return self.generation_config.to_huggingface(eos_id)
-
-    @classmethod
-    def _from_checkpoint(cls, model, tokenizer, generation) -> "CausalLM":
-        wanted = generation.get("eos_token_id")
-        if tokenizer is not None and wanted not in (None, tokenizer.eos_id):
-            raise ValueError(
-                "The end token of generation_config.json must be the tokenizer's. "
-                f"Received: {wanted} and {tokenizer.eos_id}"
-            )
-        return cls(model, tokenizer, GenerationConfig.from_huggingface(generation))
+    # Export
 
     def export(self, path: str | os.PathLike, **kwargs) -> pathlib.Path:
         """Writes the model as a file that runs without kerasllm.

@@ -1,6 +1,7 @@
 """Character tokenizer: every code point is one token."""
 
-from kerasllm.tokenizers.base import SEPARATOR, Tokenizer
+from kerasllm.tokenizers.base import Tokenizer
+from kerasllm.tokenizers.marks import SEPARATOR
 
 CHARACTER_PATTERN = r"[\s\S]"
 CHARACTER_PRE_TOKENIZER = {
@@ -15,7 +16,6 @@ class CharacterTokenizer(Tokenizer):
     """One token for each known code point; `<unk>` for the others."""
 
     _supports = f"WordLevel with the pre-tokenizer Split on the regular expression {CHARACTER_PATTERN!r}"
-    _decoder_type = "Fuse"
 
     @classmethod
     def _describes(cls, config: dict) -> bool:

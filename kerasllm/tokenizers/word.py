@@ -1,6 +1,8 @@
 """Word-level tokenizer: every frequent word, number or run of punctuation is one token."""
 
-from kerasllm.tokenizers.base import SEPARATOR, Tokenizer, unicode_class
+from kerasllm.tokenizers.base import Tokenizer
+from kerasllm.tokenizers.marks import SEPARATOR
+from kerasllm.tokenizers.unicode import unicode_class
 
 # Every character belongs to exactly one piece, so that the pieces put together are the text:
 # a word or a run of punctuation, each with the space before it, or one whitespace character.
@@ -19,7 +21,6 @@ class WordTokenizer(Tokenizer):
     """One token for each known word with the space before it; `<unk>` for the other words."""
 
     _supports = f"WordLevel with the pre-tokenizer Split on the regular expression {WORD_PATTERN!r}"
-    _decoder_type = "Fuse"
 
     @classmethod
     def _describes(cls, config: dict) -> bool:

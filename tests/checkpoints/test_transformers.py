@@ -1,10 +1,136 @@
-"""What save_pretrained writes, transformers loads; needs the extra `reference`."""
+"""What one library writes, the other loads: same ids, logits and greedy tokens."""
+
+import json
+import os
+import pathlib
 
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch", reason="needs pip install 'kerasllm[reference]'")
 transformers = pytest.importorskip("transformers", reason="needs pip install 'kerasllm[reference]'")
+
+from kerasllm.checkpoints import load_checkpoint, save_folder  # noqa: E402
+
+IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+_DECODER = {
+    "vocab_size": 40,
+    "max_position_embeddings": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_GEMMA = {**_DECODER, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 3, "pad_token_id": 0}
+_ENCODER = {
+    "vocab_size": 40,
+    "max_position_embeddings": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+}
+_T5 = {"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+CONFIGS = {
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"vocab_size": 40, "n_positions": 32, "n_layer": 2, "n_head": 4, "n_embd": 32},
+    ),
+    "llama": ("LlamaForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
+    "mistral": ("MistralForCausalLM", {**_DECODER, "sliding_window": 3}),
+    "qwen2": ("Qwen2ForCausalLM", _DECODER),
+    "qwen3": ("Qwen3ForCausalLM", {**_DECODER, "head_dim": 16}),
+    "smollm3": ("SmolLM3ForCausalLM", _DECODER),
+    "gemma": ("GemmaForCausalLM", {**_DECODER, "head_dim": 16, "pad_token_id": 0}),
+    "gemma2": ("Gemma2ForCausalLM", _GEMMA),
+    "gemma3": ("Gemma3ForCausalLM", _GEMMA),
+    "bert": ("BertForMaskedLM", _ENCODER),
+    "bert, bare": ("BertModel", _ENCODER),
+    "roberta": ("RobertaForMaskedLM", {**_ENCODER, "pad_token_id": 1}),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        {
+            "vocab_size": 40,
+            "max_position_embeddings": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "dim": 32,
+            "hidden_dim": 48,
+        },
+    ),
+    "t5": ("T5ForConditionalGeneration", _T5),
+    "t5, gated": (
+        "T5ForConditionalGeneration",
+        {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+}
+
+
+def make_theirs(name):
+    """A model of transformers with large random weights."""
+    architecture, settings = CONFIGS[name]
+    model_class = getattr(transformers, architecture)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**settings)).eval()
+    if name == "t5, gated":  # transformers 5 makes it tied until it loads a file in which it is not
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(40, 32))
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            gain = weight.dim() == 1 and path.endswith("weight")
+            weight.copy_(float(gain) + (0.2 if gain else 0.3) * torch.randn(weight.shape))
+    return model
+
+
+def their_output(model):
+    ids = torch.tensor(IDS)
+    more = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        output = model(ids, attention_mask=torch.ones_like(ids), **more)
+    return (output.logits if "logits" in output else output.last_hidden_state).numpy()
+
+
+def our_output(model):
+    if not hasattr(model, "make_memory_cache"):
+        return np.asarray(model(IDS))
+    memory = model.encode(IDS, np.ones_like(IDS))
+    caches = {"memory_cache": model.make_memory_cache(memory), "memory_mask": np.ones_like(IDS)}
+    return np.asarray(model(IDS[:, :4], **caches))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_there_and_back(name, tmp_path):
+    theirs = make_theirs(name)
+    expected = their_output(theirs)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
+    ours = load_checkpoint(tmp_path / "theirs").model
+    np.testing.assert_allclose(our_output(ours), expected, atol=1e-4)
+
+    save_folder(tmp_path / "ours", ours, max_shard_size="20KB")
+    again, report = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    # The pooler of a bare BERT is not among our weights.
+    lacking = {key for key in report["missing_keys"] if "pooler" not in key}
+    assert not lacking and not report["unexpected_keys"] and not report["mismatched_keys"]
+    np.testing.assert_allclose(their_output(again.eval()), expected, atol=1e-5)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["architectures"] == [type(theirs).__name__]
+    assert config["model_type"] == theirs.config.model_type
+
+
+def test_half_precision(tmp_path):
+    make_theirs("llama").to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    ours = load_checkpoint(tmp_path / "theirs", dtype="bfloat16").model
+    save_folder(tmp_path / "ours", ours)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    exact = dict(make_theirs("llama").to(torch.bfloat16).named_parameters())
+    for name, weight in again.named_parameters():
+        assert torch.equal(weight, exact[name]), name
 
 
 def test_same_ids_logits_and_greedy_tokens(causal_lm, tmp_path):
@@ -17,7 +143,7 @@ def test_same_ids_logits_and_greedy_tokens(causal_lm, tmp_path):
     with torch.no_grad():
         np.testing.assert_allclose(causal_lm(ids.numpy()), model(ids).logits.numpy(), atol=1e-4)
     new = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
-    ours = causal_lm.generate_tokens([prompt], 20)["token_ids"].numpy()[0].tolist()
+    ours = causal_lm.generate_tokens(prompt, 20)[0].token_ids
     assert ours == [token for token in new if token != causal_lm.tokenizer.eos_id]
 
 
@@ -35,3 +161,39 @@ def test_variants(changes, tmp_path):
     ids = np.arange(8)[None]
     with torch.no_grad():
         np.testing.assert_allclose(ours(ids), theirs(torch.tensor(ids)).logits.numpy(), atol=1e-4)
+
+
+# A real model
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    pytest.importorskip("accelerate", reason="transformers needs it for GGUF files")
+    path = pathlib.Path(os.environ.get("KERASLLM_CACHE", ""), "smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    if not path.is_file():
+        pytest.skip("needs SmolLM2-135M-Instruct.Q4_1.gguf in $KERASLLM_CACHE/smollm2")
+    return path
+
+
+def test_quantised_smollm2(smollm2):
+    ours = load_checkpoint(smollm2)
+    ids = ours.tokenizer.encode("The capital of France is")
+    for _ in range(4):
+        logits = np.asarray(ours.model(np.array([ids])))
+        ids.append(int(logits[0, -1].argmax()))
+    assert ours.tokenizer.decode(ids).startswith("The capital of France is Paris.")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    )
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(ours.model(np.array([ids])), expected, atol=1e-3)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    # transformers leaves out that the published tokenizer cuts numbers into digits.
+    text = "Call me Ishmael. Some years ago—never mind how long <|im_end|>\n\n  def f(x):\treturn 'naïve'"
+    expected = their_tokenizer(text)["input_ids"]
+    assert ours.tokenizer.encode(text, parse_special=True) == expected
+    assert ours.tokenizer.decode(ours.tokenizer.encode("12")) == "12"
+    assert len(ours.tokenizer.encode("12")) == 2
+    chat = [{"role": "user", "content": "Hi"}]
+    assert ours.tokenizer.render_chat(chat) == their_tokenizer.apply_chat_template(chat, tokenize=False)

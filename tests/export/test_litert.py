@@ -61,8 +61,7 @@ def test_logits_equal_the_model_s(interpreter, random_lm):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_generator_gives_the_live_model_s_tokens(tflite, random_lm, prompt):
-    live = random_lm.generate_tokens([prompt], 10)
-    wanted = live["token_ids"].numpy()[0][: live["num_tokens"].numpy()[0]].tolist()
+    wanted = random_lm.generate_tokens(prompt, 10)[0].token_ids
     generator = Generator(tflite)
     assert generator.generate_ids(prompt, 10) == wanted
     assert generator.generate(prompt, 10) == random_lm.generate(prompt, 10)
@@ -73,8 +72,7 @@ def test_generator_fills_the_cache_to_the_end(tflite, random_lm):
     length = 43  # after two prefills of 16 there is no room for a third
     prompt = "".join(random.Random(0).choices("#$%&*+=@^~", k=length))  # unseen: a token each
     assert len(random_lm.tokenizer.encode(prompt)) == length
-    live = random_lm.generate_tokens([prompt], 46 - length)
-    wanted = live["token_ids"].numpy()[0][: live["num_tokens"].numpy()[0]].tolist()
+    wanted = random_lm.generate_tokens(prompt, 46 - length)[0].token_ids
     assert generator.generate_ids(prompt) == wanted[: random_lm.generation_config.max_new_tokens]
     with pytest.raises(ValueError, match=f"cache of 46 tokens. Received: a prompt of {length} tokens"):
         generator.generate_ids(prompt, 49 - length)

@@ -20,9 +20,8 @@ def greedy_reference(causal_lm, prompt, count):
     return new
 
 
-def ids_of(outputs):
-    counts = outputs["num_tokens"].numpy()
-    return [row[:count].tolist() for row, count in zip(outputs["token_ids"].numpy(), counts, strict=True)]
+def ids_of(completions):
+    return [completion.token_ids for completion in completions]
 
 
 def test_equals_the_whole_text_forward(random_lm):
@@ -52,7 +51,8 @@ def test_each_row_has_its_own_settings(causal_lm):
         top_p=tf.constant([1.0] * 4),
         seed=tf.constant([0, 0, 1, 1]),
     )
-    ids = ids_of(outputs)
+    counts = outputs["num_tokens"].numpy()
+    ids = [row[:count].tolist() for row, count in zip(outputs["token_ids"].numpy(), counts, strict=True)]
     greedy = greedy_reference(causal_lm, "Once", 9)
     assert ids[0] == greedy[:3]
     assert ids[1] == greedy
@@ -100,9 +100,9 @@ def test_default_number_of_tokens_shrinks_to_the_room(causal_lm):
 def test_current_settings_and_tokenizer_count(tokenizer, stories):
     config = GPT2Config(vocabulary_size=400, context_length=32, num_layers=1, num_heads=2, dim=16)
     causal_lm = CausalLM(GPT2(config), tokenizer, GenerationConfig(max_new_tokens=5))
-    assert causal_lm.generate_tokens(["a"])["num_tokens"].numpy()[0] == 5
+    assert len(causal_lm.generate_tokens("a")[0].token_ids) == 5
     causal_lm.generation_config = GenerationConfig(max_new_tokens=2)
-    assert causal_lm.generate_tokens(["a"])["num_tokens"].numpy()[0] == 2
+    assert len(causal_lm.generate_tokens("a")[0].token_ids) == 2
     causal_lm.tokenizer = train_tokenizer("character", stories[:9])
     assert causal_lm.generate("a") == causal_lm.tokenizer.decode(greedy_reference(causal_lm, "a", 2))
 
@@ -111,7 +111,7 @@ def test_without_an_end_token(stories):
     tokenizer = train_tokenizer("byte_bpe", stories[:9], 300, special_tokens=())
     config = GPT2Config(vocabulary_size=300, context_length=16, num_layers=1, num_heads=2, dim=8)
     causal_lm = CausalLM(GPT2(config), tokenizer)
-    assert causal_lm.generate_tokens(["a"], 7)["num_tokens"].numpy()[0] == 7
+    assert len(causal_lm.generate_tokens("a", 7)[0].token_ids) == 7
 
 
 def test_string_in_string_out(causal_lm):
@@ -146,7 +146,7 @@ def test_bad_input_is_refused(causal_lm, prompt, settings, message):
 
 
 def test_bad_prompts_are_refused(causal_lm):
-    for prompts in ([], [3], None):
+    for prompts in ([], ["a", None], [[]], [[0.5]], [[-1]], [[400]], None):
         with pytest.raises((ValueError, TypeError)):
             causal_lm.generate(prompts)
     with pytest.raises(ValueError, match="needs a tokenizer"):
@@ -163,3 +163,128 @@ def test_generation_sees_updated_weights(tokenizer):
     assert ids_of(causal_lm.generate_tokens(["a"], max_new_tokens=6))[0] == greedy_reference(
         causal_lm, "a", 6
     )
+
+
+# The live interface
+
+SAMPLED = {"max_new_tokens": 12, "temperature": 1.5}
+
+
+def test_several_results_of_a_prompt(random_lm):
+    texts = random_lm.generate(PROMPTS[:2], n=3, seed=[1, 2], **SAMPLED)
+    assert [len(of_one) for of_one in texts] == [3, 3]
+    assert len({text for of_one in texts for text in of_one}) == 6
+    # The first one is what one result would be; a single prompt gives a single list.
+    assert [of_one[0] for of_one in texts] == random_lm.generate(PROMPTS[:2], seed=[1, 2], **SAMPLED)
+    assert random_lm.generate(PROMPTS[1], n=3, seed=2, **SAMPLED) == texts[1]
+    beams = random_lm.generate(PROMPTS[:2], 5, n=2, num_beams=3)
+    assert [len(of_one) for of_one in beams] == [2, 2] and beams[0][0] != beams[0][1]
+
+
+def test_seeds_are_the_row_s(random_lm):
+    one, two = random_lm.generate(["Once", "Once"], seed=[3, 4], **SAMPLED)
+    assert one == random_lm.generate("Once", seed=3, **SAMPLED) != two
+    with pytest.raises(ValueError, match="one for each prompt. Received: 3 seeds, 2 prompts"):
+        random_lm.generate(["a", "b"], seed=[1, 2, 3], **SAMPLED)
+
+
+def test_streams_are_the_texts(random_lm):
+    texts = random_lm.generate(PROMPTS, seed=5, **SAMPLED)
+    pieces = list(random_lm.generate(PROMPTS[0], stream=True, seed=5, **SAMPLED))
+    assert len(pieces) > 3 and "".join(pieces) == texts[0]
+    rows = {number: "" for number in range(len(PROMPTS))}
+    for number, piece in random_lm.generate(PROMPTS, stream=True, seed=5, **SAMPLED):
+        assert piece
+        rows[number] += piece
+    assert list(rows.values()) == texts
+
+
+def test_ends_before_a_stop_string(random_lm):
+    """Wherever it lies, also across tokens and in the middle of one; and only the row that has it ends."""
+    free = random_lm.generate_tokens(PROMPTS, seed=5, **SAMPLED)
+    text = free[0].text
+    for start, end in ((1, 3), (len(text) // 2, len(text) // 2 + 4), (len(text) - 2, len(text))):
+        stop = text[start:end]
+        rows = random_lm.generate_tokens(PROMPTS, seed=5, stop_strings=["\0", stop], **SAMPLED)
+        for row, whole in zip(rows, free, strict=True):
+            assert row.text == whole.text.partition(stop)[0]
+            assert (row.finish_reason == "stop") == (stop in whole.text)
+            assert row.token_ids == whole.token_ids[: len(row.token_ids)]
+        assert stop in random_lm.tokenizer.decode(rows[0].token_ids)
+        assert stop not in random_lm.tokenizer.decode(rows[0].token_ids[:-1])
+        streamed = "".join(
+            random_lm.generate(PROMPTS[0], stream=True, seed=5, stop_strings=stop, **SAMPLED)
+        )
+        assert streamed == text.partition(stop)[0]
+
+
+def test_full_results(random_lm):
+    (free,) = random_lm.generate_tokens("Once", 9)
+    assert (free.finish_reason, free.logprobs, len(free.token_ids)) == ("length", None, 9)
+    (row,) = random_lm.generate_tokens("Once", 9, logprobs=2, stop_token_ids=[free.token_ids[4]])
+    place = free.token_ids.index(free.token_ids[4])
+    assert row.finish_reason == "stop" and row.token_ids == free.token_ids[:place]
+    assert len(row.logprobs) == len(row.top_logprobs) == place
+    for token, value, top in zip(row.token_ids, row.logprobs, row.top_logprobs, strict=True):
+        assert len(top) == 2 and list(top.values()) == sorted(top.values(), reverse=True)
+        assert top[token] == value  # greedy: the chosen token is the likeliest
+    assert random_lm.generate_tokens("Once", 9, logprobs=0)[0].top_logprobs == [{}] * 9
+    many = random_lm.generate_tokens("Once", 1, logprobs=400)[0].top_logprobs[0]
+    np.testing.assert_allclose(np.exp(list(many.values())).sum(), 1, rtol=1e-4)
+
+
+def test_token_ids_in_and_out(random_lm):
+    ids = random_lm.tokenizer.encode("Once upon")
+    assert random_lm.generate(ids, 5) == random_lm.generate("Once upon", 5)
+    assert random_lm.generate([ids, "Once upon"], 5) == [random_lm.generate("Once upon", 5)] * 2
+    (row,) = CausalLM(random_lm.model).generate_tokens(ids, 5)
+    assert row.text is None and row.token_ids == random_lm.generate_tokens(ids, 5)[0].token_ids
+
+
+def test_draft_model(random_lm, causal_lm, stories):
+    texts = random_lm.generate(PROMPTS, 9)
+    assert random_lm.generate(PROMPTS, 9, assistant_model=causal_lm) == texts
+    assert random_lm.generate(PROMPTS, 9, prompt_lookup_num_tokens=3) == texts
+    other = train_tokenizer("byte_bpe", stories[50:], vocabulary_size=400)
+    with pytest.raises(ValueError, match="`assistant_model` must have the same tokens"):
+        random_lm.generate("a", 3, assistant_model=CausalLM(causal_lm.model, other))
+
+
+def test_chat(random_lm):
+    messages = [{"role": "user", "content": "Hello <|endoftext|>"}]
+    options = {"chat_template": "{{ messages[0].content }}{{ '!' if add_generation_prompt }}"}
+    answer = random_lm.chat(messages, 6, template_options=options)
+    assert answer == random_lm.generate("Hello <|endoftext|>!", 6)
+    assert "".join(random_lm.chat(messages, 6, stream=True, template_options=options)) == answer
+    with pytest.raises(ValueError, match="template"):
+        random_lm.chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"n": 0}, ValueError, "`n` must be at least 1"),
+        ({"n": 2}, ValueError, "`n` results that differ need a temperature"),
+        ({"num_beams": 2, "n": 3}, ValueError, "at most `num_beams` results"),
+        ({"num_beams": 2, "stream": True}, ValueError, "A beam search has"),
+        ({"temprature": 1.0}, TypeError, r"Received: \['temprature'\]"),
+        ({"min_new_tokens": 5, "max_new_tokens": 3}, ValueError, "`min_new_tokens` must be at most"),
+    ],
+)
+def test_bad_settings_are_refused(random_lm, settings, error, message):
+    with pytest.raises(error, match=message):
+        random_lm.generate("a", **{"max_new_tokens": 4, **settings})
+
+
+def test_generated_settings_of_the_config_are_exported(random_lm, tmp_path):
+    """Those that the signature has no input for are in the graph."""
+    import tensorflow as tf
+
+    config = GenerationConfig(max_new_tokens=9, repetition_penalty=1.8, no_repeat_ngram_size=2)
+    model = CausalLM(random_lm.model, random_lm.tokenizer, config)
+    serve = tf.saved_model.load(str(model.export(tmp_path / "1"))).signatures["serving_default"]
+    texts = [text.decode() for text in serve(prompt=tf.constant(PROMPTS))["text"].numpy()]
+    assert texts == model.generate(PROMPTS) != random_lm.generate(PROMPTS, 9)
+    model.generation_config = GenerationConfig(stop_strings="x")
+    with pytest.raises(ValueError, match="A graph cannot hold `stop_strings`"):
+        model.export(tmp_path / "2")

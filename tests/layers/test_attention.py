@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from kerasllm.layers import (
     MultiHeadAttention,
     SelfAttention,
     SimplifiedSelfAttention,
+    updates_in_place,
 )
 from kerasllm.layers.attention import causal_bias, dot_product_attention
 
@@ -33,18 +35,40 @@ def build(num_kv_heads=2, memory_width=None, **arguments):
 
 
 def expected(layer, x, memory=None, **arguments):
-    return multi_head_attention(
-        arrays(layer),
-        x,
-        memory,
-        num_heads=layer.num_heads,
-        num_kv_heads=layer.num_kv_heads,
-        is_causal=layer.causal,
-        wavelength=layer.rotary_wavelength,
-        **arguments,
+    config = layer.get_config()
+    names = (
+        "num_heads num_kv_heads rotary_scaling rotary_fraction sliding_window query_scale score_cap qk_norm"
     )
+    own = {
+        **{name: config[name] for name in names.split() if name in config},
+        "is_causal": config.get("causal", False),
+        "wavelength": config.get("rotary_wavelength"),
+        "epsilon": config.get("norm_epsilon", 1e-6),
+        "offset": 1.0 if config.get("norm_unit_offset") else 0.0,
+    }
+    return multi_head_attention(arrays(layer), x, memory, **{**own, **arguments})
 
 
+# Arguments of the layer, each with a visible effect, and how the reference looks without all of them.
+OPTIONS = {
+    "window": {"sliding_window": 2},
+    "window of one": {"sliding_window": 1},
+    "linear": {"rotary_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "fraction": {"rotary_fraction": 0.5},
+    "scale": {"query_scale": 1.0},
+    "cap": {"score_cap": 1.5},
+    "norms": {"qk_norm": True},
+    "norms from one": {"qk_norm": True, "norm_epsilon": 0.3, "norm_unit_offset": True},
+    "norms without scale": {"qk_norm": True, "query_scale": 1.0, "norm_epsilon": 0.3},
+}
+PLAIN = {
+    "sliding_window": None,
+    "rotary_scaling": None,
+    "rotary_fraction": 1.0,
+    "query_scale": 0.5,
+    "score_cap": None,
+    "qk_norm": False,
+}
 GROUPS = pytest.mark.parametrize("num_kv_heads", [8, 2, 1])
 
 
@@ -155,6 +179,39 @@ class TestNumerics:
     def test_cross_attention_matches_numpy(self, num_kv_heads):
         layer = build(num_kv_heads, memory_width=10)
         assert_close(layer(X, MEMORY), expected(layer, X, MEMORY))
+
+    @pytest.mark.parametrize("arguments", OPTIONS.values(), ids=OPTIONS)
+    def test_options_match_numpy(self, arguments):
+        layer = build(causal=True, rotary_wavelength=50.0, **arguments)
+        assert_close(layer(X), expected(layer, X))
+        assert np.abs(to_numpy(layer(X)) - expected(layer, X, **PLAIN)).max() > 1e-2
+
+    def test_default_scale(self):
+        layer = build()
+        assert_close(layer(X), expected(layer, X, query_scale=0.5))
+
+    def test_cross_attention_with_options(self):
+        layer = build(memory_width=10, qk_norm=True, query_scale=2.0, score_cap=1.0)
+        right = expected(layer, X, MEMORY)
+        assert_close(layer(X, MEMORY), right)
+        assert_close(layer(X, cache=layer.memory_cache(MEMORY)), right)
+
+    @GROUPS
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_position_bias_matches_numpy(self, num_kv_heads, rows):
+        layer, bias = build(num_kv_heads, causal=True), 3 * normal(rows, 8, 5, 5, seed=3)
+        mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 1, 1]])
+        both = bias + np.where(mask, 0.0, -np.inf)[:, None, None]
+        assert_close(layer(X, position_bias=bias), expected(layer, X, bias=bias))
+        assert_close(layer(X, position_bias=bias, attention_mask=mask), expected(layer, X, bias=both))
+
+    def test_separate_dropouts(self):
+        plain = to_numpy(build()(X))
+        outputs = to_numpy(build(dropout=0.5, attention_dropout=0.0)(X, training=True))
+        assert 0.2 < (outputs == 0).mean() < 0.8
+        np.testing.assert_allclose(outputs[outputs != 0], 2 * plain[outputs != 0], rtol=1e-5)
+        outputs = to_numpy(build(dropout=0.0, attention_dropout=0.5)(X, training=True))
+        assert (outputs != 0).all() and np.abs(outputs - plain).max() > 0.1
 
     @pytest.mark.parametrize(
         "use_bias, output_bias, biases", [(False, None, 0), (False, True, 1), (True, False, 3)]
@@ -334,6 +391,46 @@ class TestCache:
             whole = np.concatenate([X[row : row + 1, :length], new[row : row + 1]], axis=1)
             assert_close(outputs[row : row + 1], expected(layer, whole)[:, -1:])
 
+    @pytest.mark.parametrize("mode", ["eager", "graph", "XLA", "XLA in place"])
+    def test_several_tokens_per_row(self, mode):
+        layer = build(causal=True, rotary_wavelength=50.0, sliding_window=4)
+
+        def call(*arguments, **named):
+            with updates_in_place() if mode == "XLA in place" else contextlib.nullcontext():
+                return layer(*arguments, **named)
+
+        if mode != "eager":
+            call = tf.function(call, jit_compile=mode != "graph", autograph=False)
+        _, cache = layer(X, cache=used_cache(layer, self.LENGTH), cache_index=0)
+        before = [to_numpy(part) for part in cache]
+        lengths, new = [2, 5], normal(2, 3, 12, seed=5)
+        outputs, cache = call(tf.constant(new), cache=cache, cache_index=tf.constant(lengths))
+        for row, length in enumerate(lengths):
+            whole = np.concatenate([X[row : row + 1, :length], new[row : row + 1]], axis=1)
+            assert_close(outputs[row : row + 1], expected(layer, whole)[:, -3:])
+            others = np.delete(np.arange(self.LENGTH), np.arange(length, length + 3))
+            for part, old, axis in zip(cache, before, (1, 2), strict=True):
+                after = to_numpy(part)[row]
+                np.testing.assert_array_equal(after.take(others, axis), old[row].take(others, axis))
+
+    @pytest.mark.parametrize("arguments", OPTIONS.values(), ids=OPTIONS)
+    def test_options_with_a_cache(self, arguments):
+        layer = build(causal=True, rotary_wavelength=50.0, **arguments)
+        right = expected(layer, X)
+        _, cache = layer(X[:, :2], cache=used_cache(layer, self.LENGTH), cache_index=0)
+        outputs, cache = layer(X[:, 2:4], cache=cache, cache_index=tf.constant(2))
+        assert_close(outputs, right[:, 2:4])
+        outputs, _ = layer(X[:, 4:], cache=cache, cache_index=tf.constant([4, 4]))
+        assert_close(outputs, right[:, 4:])
+
+    def test_position_bias_with_a_cache(self):
+        layer, bias = build(causal=True), 3 * normal(2, 8, 5, 9, seed=3)
+        right = expected(layer, X, bias=bias[..., :5])
+        cache = used_cache(layer, self.LENGTH)
+        _, cache = layer(X[:, :4], cache=cache, cache_index=0, position_bias=bias[:, :, :4])
+        outputs, _ = layer(X[:, 4:], cache=cache, cache_index=4, position_bias=bias[:, :, 4:])
+        assert_close(outputs, right[:, 4:])
+
     @pytest.mark.parametrize("num_kv_heads", [8, 2])
     def test_left_padding(self, num_kv_heads):
         layer = build(num_kv_heads, causal=True, rotary_wavelength=50.0)
@@ -381,10 +478,20 @@ class TestCache:
 
 
 class TestGeneric:
-    @pytest.mark.parametrize("num_kv_heads, wavelength", [(8, None), (2, 50.0)])
-    def test_self_attention(self, num_kv_heads, wavelength):
-        layer = build(num_kv_heads, causal=wavelength is not None, rotary_wavelength=wavelength)
-        check_layer(layer, X, no_gradient=() if wavelength else NO_GRADIENT)
+    def test_self_attention(self):
+        check_layer(build(8), X, no_gradient=NO_GRADIENT)
+
+    def test_self_attention_with_options(self):
+        layer = build(
+            causal=True,
+            rotary_wavelength=50.0,
+            rotary_scaling={"rope_type": "linear", "factor": 2.0},
+            rotary_fraction=0.5,
+            sliding_window=3,
+            score_cap=4.0,
+            qk_norm=True,
+        )
+        check_layer(layer, X)
 
     def test_cross_attention(self):
         check_layer(build(1, memory_width=10), X, MEMORY, no_gradient=NO_GRADIENT)
@@ -392,12 +499,21 @@ class TestGeneric:
     def test_every_argument_is_in_the_config(self):
         arguments = {
             "num_kv_heads": 1,
-            "head_dim": 6,
+            "head_dim": 8,
+            "query_scale": 0.7,
+            "score_cap": 20.0,
             "causal": True,
+            "sliding_window": 3,
             "rotary_wavelength": 30.0,
+            "rotary_scaling": {"rope_type": "linear", "factor": 2.0},
+            "rotary_fraction": 0.5,
+            "qk_norm": True,
+            "norm_epsilon": 1e-3,
+            "norm_unit_offset": True,
             "use_bias": False,
             "output_bias": True,
             "dropout": 0.1,
+            "attention_dropout": 0.2,
             "initializer_range": 0.3,
             "output_initializer_range": 0.2,
         }
@@ -417,12 +533,27 @@ class TestErrors:
             ((8, 4, 3), "`num_kv_heads` must divide `num_heads`. Received: num_kv_heads=3, num_heads=4"),
             ((8, 3), "`num_heads` must divide `dim`, or .* Received: num_heads=3, dim=8"),
             ((8, 2, None, 0), "`head_dim` must be at least 1. Received: head_dim=0"),
-            ((6, 2, None, None, True, 50.0), "`head_dim` must be a positive even .*head_dim=3"),
         ],
     )
     def test_sizes(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             MultiHeadAttention(*arguments)
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"rotary_wavelength": 50.0}, "`head_dim` must be a positive even .*head_dim=3"),
+            ({"rotary_fraction": 0.5}, "need a `rotary_wavelength`.*rotary_fraction=0.5"),
+            ({"rotary_scaling": {}}, "need a `rotary_wavelength`.*rotary_scaling={}"),
+            ({"sliding_window": 0, "causal": True}, "`sliding_window` must be at least 1 .*window=0"),
+            ({"sliding_window": 2}, "`sliding_window` .* needs `causal` to be True.*causal=False"),
+            ({"query_scale": 0.0}, "`query_scale` must be positive or None. Received: query_scale=0.0"),
+            ({"score_cap": -1.0}, "`score_cap` must be positive or None. Received: score_cap=-1.0"),
+        ],
+    )
+    def test_options(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            MultiHeadAttention(6, 2, **arguments)
 
     @pytest.mark.parametrize("arguments", [{"causal": True}, {"rotary_wavelength": 50.0}])
     def test_memory_has_no_order(self, arguments):
@@ -443,11 +574,6 @@ class TestErrors:
     def test_an_index_needs_a_cache(self):
         with pytest.raises(ValueError, match="`cache_index` needs a `cache`.*Received: cache=None"):
             build()(X, cache_index=0)
-
-    def test_an_index_per_row_takes_one_token(self):
-        layer = build(causal=True)
-        with pytest.raises(ValueError, match="one token per row. Received: 5 tokens"):
-            layer(X, cache=layer.make_cache(2, 9), cache_index=np.array([0, 1]))
 
     @pytest.mark.parametrize("index", [-1, 6])
     def test_columns_outside_the_cache(self, index):

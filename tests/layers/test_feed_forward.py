@@ -57,6 +57,14 @@ def test_dropout_is_for_training_only(cls, reference):
 
 
 @BOTH
+def test_activation_dropout_is_inside(cls, reference):
+    layer = build(cls, 12, activation_dropout=0.5)
+    np.testing.assert_array_equal(to_numpy(layer(X)), to_numpy(build(cls, 12)(X)))
+    outputs = to_numpy(layer(X, training=True))
+    assert (outputs != 0).all() and np.abs(outputs - to_numpy(layer(X))).max() > 0.1
+
+
+@BOTH
 def test_starts_at_the_given_scales(cls, reference):
     layer = cls(64, initializer_range=0.3, output_initializer_range=0.1)
     layer.build((None, None, 64))

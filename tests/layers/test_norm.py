@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 from reference.checks import assert_close, check_layer, to_numpy
@@ -12,6 +14,7 @@ VARIANTS = [
     (LayerNorm, {}, layer_norm),
     (LayerNorm, {"use_bias": False}, layer_norm),
     (RMSNorm, {}, rms_norm),
+    (RMSNorm, {"unit_offset": True}, functools.partial(rms_norm, offset=1.0)),
 ]
 
 
@@ -40,6 +43,12 @@ def test_generic(cls, arguments, _):
     layer = build(cls, epsilon=0.1, **arguments)
     assert layer.compute_output_shape((2, None, 8)) == (2, None, 8)
     check_layer(layer, X)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"unit_offset": True}])
+def test_starts_with_a_gain_of_one(arguments):
+    layer = RMSNorm(**arguments)
+    assert_close(layer(X), X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-5))
 
 
 @pytest.mark.parametrize("cls", [LayerNorm, RMSNorm])

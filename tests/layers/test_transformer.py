@@ -25,8 +25,23 @@ LLAMA_LIKE = {
 }
 BERT_LIKE = {"norm_first": False, "activation": "gelu", "norm_epsilon": 0.1}
 WIDE_HEADS = {"norm": "rms", "norm_first": False, "head_dim": 5, "num_kv_heads": 1, "activation": "relu"}
+QWEN_LIKE = {**LLAMA_LIKE, "attention_bias": True, "attention_output_bias": False, "qk_norm": True}
+T5_LIKE = {"norm": "rms", "query_scale": 1.0, "head_dim": 5, "use_bias": False, "activation": "relu"}
+GEMMA_LIKE = {
+    **LLAMA_LIKE,
+    "activation": "gelu_tanh",
+    "norm_last": True,
+    "norm_unit_offset": True,
+    "qk_norm": True,
+    "query_scale": 0.3,
+    "score_cap": 2.0,
+    "rotary_scaling": {"rope_type": "linear", "factor": 3.0},
+    "norm_epsilon": 1e-2,
+}
 VARIANTS = pytest.mark.parametrize(
-    "arguments", [GPT2_LIKE, LLAMA_LIKE, BERT_LIKE, WIDE_HEADS], ids=["gpt2", "llama", "bert", "wide"]
+    "arguments",
+    [GPT2_LIKE, LLAMA_LIKE, BERT_LIKE, WIDE_HEADS, QWEN_LIKE, T5_LIKE, GEMMA_LIKE],
+    ids=["gpt2", "llama", "bert", "wide", "qwen", "t5", "gemma"],
 )
 
 
@@ -44,19 +59,17 @@ def hide(mask):
 
 
 def expected(layer, x, memory=None, **more):
+    names = "norm norm_first norm_last norm_unit_offset activation gated num_heads num_kv_heads".split()
+    names += "query_scale score_cap sliding_window rotary_scaling rotary_fraction qk_norm".split()
+    config = layer.get_config()
     return block(
         arrays(layer),
         x,
         memory,
-        norm=layer.norm,
-        norm_first=layer.norm_first,
-        epsilon=layer.norm_epsilon,
-        activation=layer.activation,
-        gated=layer.gated,
-        num_heads=layer.num_heads,
-        num_kv_heads=layer.num_kv_heads,
-        wavelength=layer.rotary_wavelength,
+        epsilon=config.get("norm_epsilon", 1e-5),
+        wavelength=config.get("rotary_wavelength"),
         is_causal=isinstance(layer, DecoderBlock),
+        **{name: config[name] for name in names if name in config},
         **more,
     )
 
@@ -93,21 +106,30 @@ class TestVariants:
 
     def test_config_holds_every_argument(self, arguments):
         arguments = {**arguments, "dropout": 0.1, "initializer_range": 0.3, "output_initializer_range": 0.2}
-        layer = DecoderBlock.from_config(build(DecoderBlock, **arguments).get_config())
-        assert {name: getattr(layer, name) for name in arguments} == arguments
+        config = DecoderBlock.from_config(build(DecoderBlock, **arguments).get_config()).get_config()
+        assert {name: config[name] for name in arguments} == arguments
 
 
 class TestGeneric:
     def test_encoder(self):
         check_layer(build(EncoderBlock, **BERT_LIKE), X, no_gradient=["attention/key/bias"])
 
-    def test_decoder(self):
-        check_layer(build(DecoderBlock, **LLAMA_LIKE), X)
-
     def test_decoder_with_memory(self):
         check_layer(
             build(DecoderBlock, cross_attention=True), X, MEMORY, no_gradient=["attention/key/bias"]
         )
+
+    def test_decoder(self):
+        check_layer(build(DecoderBlock, sliding_window=3, **GEMMA_LIKE), X)
+
+    @pytest.mark.parametrize("cls", [EncoderBlock, DecoderBlock])
+    def test_position_bias_reaches_the_self_attention(self, cls):
+        layer, bias = build(cls, **T5_LIKE), 2 * normal(1, 4, 5, 5, seed=3)
+        assert_close(layer(X, position_bias=bias), expected(layer, X, bias=bias))
+
+    def test_sliding_window_reaches_the_self_attention(self):
+        layer = build(DecoderBlock, sliding_window=2, cross_attention=True, **LLAMA_LIKE)
+        assert_close(layer(X, MEMORY), expected(layer, X, MEMORY))
 
     def test_decoder_is_causal_to_the_last_bit(self):
         layer, changed = build(DecoderBlock, **LLAMA_LIKE), X.copy()
@@ -135,6 +157,18 @@ class TestGeneric:
         # Both branches were dropped at some place: there the input went through unchanged.
         assert 0.1 < np.isclose(outputs, X).mean() < 0.5
 
+    def test_separate_dropouts(self):
+        def dropped(**rates):
+            layer = build(EncoderBlock, norm="rms", **rates)
+            sublayers = (layer.attention.output_dropout, layer.attention.weight_dropout)
+            sublayers += (layer.feed_forward.output_dropout_layer, layer.feed_forward.hidden_dropout_layer)
+            return [sublayer.rate for sublayer in sublayers]
+
+        assert dropped(dropout=0.5) == [0.5, 0.5, 0.5, 0.0]
+        rates = {"attention_output_dropout": 0.1, "attention_dropout": 0.2, "activation_dropout": 0.3}
+        assert dropped(**rates) == [0.1, 0.2, 0.0, 0.3]
+        assert dropped(dropout=0.5, **rates) == [0.1, 0.2, 0.5, 0.3]
+
     def test_parts_are_as_asked_for(self):
         llama = build(DecoderBlock, **LLAMA_LIKE)
         assert isinstance(llama.feed_forward, GatedFeedForward)
@@ -159,6 +193,16 @@ class TestErrors:
     def test_unknown_norm(self):
         with pytest.raises(ValueError, match="""`norm` must be "layer" or "rms". Received: 'batch'"""):
             DecoderBlock(12, 4, 20, norm="batch")
+
+    def test_norms_that_do_not_fit_together(self):
+        with pytest.raises(ValueError, match="`norm_last` needs `norm_first`. Received: norm_first=False"):
+            DecoderBlock(12, 4, 20, norm_last=True, norm_first=False)
+        with pytest.raises(ValueError, match="""`norm_unit_offset` needs .* "rms". Received: 'layer'"""):
+            DecoderBlock(12, 4, 20, norm_unit_offset=True)
+
+    def test_encoder_has_no_window(self):
+        with pytest.raises(ValueError, match="needs `causal` to be True. Received: sliding_window=3"):
+            EncoderBlock(12, 4, 20, sliding_window=3)
 
     def test_encoder_has_no_memory(self):
         with pytest.raises(ValueError, match="`cross_attention` must be False"):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tokenizers
+from reference.tokenizer_corpora import CORPORA, differences, take
+from reference.tokenizer_kinds import BYTE_LEVEL_KINDS, train_byte_level
 from reference.tokenizer_texts import random_texts, reference_of
 
 from kerasllm.tokenizers import Tokenizer, train_tokenizer
@@ -165,3 +167,14 @@ def test_dense_ids_may_be_padded(tokenizer):
     ids = tokenizer.tokenize(tf.constant(["a", "b a"]))
     dense = tokenizer.detokenize(ids.to_tensor(-1))
     assert dense.numpy().tolist() == tokenizer.detokenize(ids).numpy().tolist() == [b"a", b"b a"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BYTE_LEVEL_KINDS)
+def test_corpora(kind):
+    """A vocabulary of each kind on a megabyte of each corpus; tools/benchmark_tokenizers has more."""
+    texts = [text.decode() for text in take(CORPORA["moby"](), 1_000_000)]
+    reference = train_byte_level(kind, texts, 8000)
+    tokenizer = Tokenizer.from_json(reference.to_str())
+    for name, corpus in CORPORA.items():
+        assert differences(tokenizer, reference, take(corpus(), 1_000_000)) == [], name

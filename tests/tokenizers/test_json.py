@@ -123,24 +123,12 @@ def entry(*path, value):
 
 ADDED = {"id": 0, "content": "<|endoftext|>", "special": True}
 REFUSED = {
-    "normalizer": ("byte_bpe", entry("normalizer", value={"type": "NFC"}), "`normalizer`"),
-    "truncation": ("word", entry("truncation", value={"max_length": 3}), "`truncation`"),
-    "padding": ("word", entry("padding", value={"length": 3}), "`padding`"),
-    "post-processor": (
-        "byte_bpe",
-        entry("post_processor", value={"type": "TemplateProcessing"}),
-        "`post_processor`",
-    ),
-    "decoder": ("byte_bpe", entry("decoder", value=None), "`decoder`"),
-    "word decoder": ("word", entry("decoder", value={"type": "ByteLevel"}), "`decoder`"),
-    "model": ("byte_bpe", entry("model", "type", value="WordPiece"), "WordPiece"),
-    "no pre-tokenizer": ("byte_bpe", entry("pre_tokenizer", value=None), "pre_tokenizer=None"),
-    "prefix space": (
-        "byte_bpe",
-        entry("pre_tokenizer", "add_prefix_space", value=True),
-        "must be supported",
-    ),
-    "no regex": ("byte_bpe", entry("pre_tokenizer", "use_regex", value=False), "must be supported"),
+    "normalizer": ("byte_bpe", entry("normalizer", value={"type": "Magic"}), "`normalizer`"),
+    "post-processor": ("byte_bpe", entry("post_processor", value={"type": "Magic"}), "`post_processor`"),
+    "decoder": ("byte_bpe", entry("decoder", value={"type": "Magic"}), "`decoder`"),
+    "model": ("byte_bpe", entry("model", "type", value="Magic"), "Magic"),
+    "no model": ("byte_bpe", entry("model", value=None), "entry `model`"),
+    "no pre-tokenizer": ("word", entry("pre_tokenizer", value=None), "pre_tokenizer=None"),
     "other pattern": (
         "word",
         entry("pre_tokenizer", "pattern", value={"Regex": r"\w+"}),
@@ -148,8 +136,11 @@ REFUSED = {
     ),
     "dropout": ("byte_bpe", entry("model", "dropout", value=0.1), "`dropout`"),
     "byte fallback": ("byte_bpe", entry("model", "byte_fallback", value=True), "`byte_fallback`"),
-    "ignore merges": ("byte_bpe", entry("model", "ignore_merges", value=True), "`ignore_merges`"),
+    "ignore merges": ("byte_bpe", entry("model", "ignore_merges", value=1), "`ignore_merges`"),
     "suffix": ("byte_bpe", entry("model", "end_of_word_suffix", value="</w>"), "end_of_word_suffix"),
+    "no merges": ("byte_bpe", entry("model", "merges", value=5), "merges"),
+    "merge of numbers": ("byte_bpe", entry("model", "merges", value=[[1, 2]]), "pair"),
+    "number for a merge": ("byte_bpe", entry("model", "merges", value=[7]), "pair"),
     "unknown merge": ("byte_bpe", entry("model", "merges", value=[["h", "qq"]]), "'qq'"),
     "half a merge": ("byte_bpe", entry("model", "merges", value=["h"]), "pair"),
     "merge twice": ("byte_bpe", merges("he", "he"), "must differ"),
@@ -160,18 +151,19 @@ REFUSED = {
         merges("aa", "ab", ("aa", "b"), ("aab", "c"), ("a", "ab")),
         "must come after",
     ),
+    "vocabulary": ("byte_bpe", entry("model", "vocab", value=["a"]), "`vocab` must be of the type dict"),
     "gap": ("word", entry("model", "vocab", "hello", value=99), "0 to n - 1"),
+    "huge id": ("word", entry("model", "vocab", "hello", value=10**40), "0 to n - 1"),
+    "negative id": ("word", entry("model", "vocab", "hello", value=-1), "0 to n - 1"),
+    "id twice": ("word", entry("model", "vocab", "hello", value=0), "0 to n - 1"),
+    "id as text": ("word", entry("model", "vocab", "hello", value="1"), "must be an integer"),
+    "id as fraction": ("word", entry("model", "vocab", "hello", value=1.0), "must be an integer"),
+    "id as truth": ("word", entry("model", "vocab", "hello", value=True), "must be an integer"),
     "no unk": ("word", entry("model", "unk_token", value="<none>"), "`unk_token`"),
-    "unk of BPE": ("byte_bpe", entry("model", "unk_token", value="a"), "`unk_token`"),
-    "lstrip": ("word", entry("added_tokens", value=[ADDED | {"lstrip": True}]), "lstrip"),
-    "not special": ("word", entry("added_tokens", value=[ADDED | {"special": False}]), "special"),
+    "unk of another type": ("word", entry("model", "unk_token", value=[1]), "`unk_token`"),
+    "added": ("word", entry("added_tokens", value={}), "`added_tokens` must be of the type list"),
     "other id": ("word", entry("added_tokens", value=[ADDED | {"id": 1}]), "expected id 0"),
     "twice": ("word", entry("added_tokens", value=[ADDED, ADDED]), "must differ"),
-    "normalized": (
-        "word",
-        entry("added_tokens", value=[ADDED, ADDED | {"id": 1, "content": "<unk>", "normalized": True}]),
-        "`normalized`",
-    ),
 }
 
 
@@ -184,10 +176,63 @@ def test_what_is_unsupported_is_refused(small, name):
         Tokenizer.from_json(json.dumps(config))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 1}', "\x00"])
-def test_what_is_no_tokenizer_json_is_refused(text):
+NO_TOKENIZER = {
+    "empty": "",
+    "half": "{",
+    "list": "[]",
+    "nothing": "{}",
+    "number": '{"model": 1}',
+    "byte": "\x00",
+    "deep": '{"a":' * 100_000,
+    "deep list": "[" * 100_000 + "]" * 100_000,
+    "long number": f'{{"model": {{"vocab": {{"a": {"9" * 10_000}}}}}}}',
+    "half a surrogate pair": '{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}',
+}
+
+
+@pytest.mark.parametrize("name", NO_TOKENIZER)
+def test_what_is_no_tokenizer_json_is_refused(name):
+    text = NO_TOKENIZER[name]
     with pytest.raises(ValueError, match="A tokenizer.json must be"):
         Tokenizer.from_json(text)
+
+
+def test_batch_settings_are_kept_and_not_applied(small):
+    config = json.loads(small["byte_bpe"].to_json())
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    padding = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    }
+    text = json.dumps(
+        config | {"truncation": truncation, "padding": padding | {"pad_to_multiple_of": None}}
+    )
+    tokenizer = Tokenizer.from_json(text)
+    assert tokenizer.encode("hello low lower") == small["byte_bpe"].encode("hello low lower")
+    assert tokenizer.to_json() == text
+
+
+def test_named_tokens(small):
+    text = train_tokenizer("word", ["a b"], special_tokens=["<s>", "</s>", "[PAD]"]).to_json()
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "__type": "AddedToken"},
+        "pad_token": "[PAD]",
+        "mask_token": None,
+        "sep_token": "a",
+    }
+    tokenizer = Tokenizer.from_json(text, settings=settings)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (0, 1, 2, 3)
+    assert (tokenizer.mask_id, tokenizer.mask_token, tokenizer.cls_id) == (None, None, None)
+    # What the settings name is special, as in transformers.
+    assert tokenizer.sep_token == "a" and tokenizer.special_tokens["a"] == tokenizer.sep_id
+    assert tokenizer.decode([tokenizer.sep_id, 0]) == ""
+    for wrong, message in (("x", "must be in the vocabulary"), (5, "must be a string"), ({}, "`content`")):
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.from_json(text, settings={"cls_token": wrong})
 
 
 def test_inputs_of_the_wrong_type_are_refused(tokenizer):

@@ -1,0 +1,70 @@
+"""One entry to every kind of checkpoint."""
+
+import os
+import pathlib
+
+from kerasllm.checkpoints.folder import Checkpoint, load_folder, pickle_message, save_folder
+from kerasllm.checkpoints.gguf_model import load_gguf
+from kerasllm.checkpoints.hub import download
+from kerasllm.checkpoints.kerashub import is_kerashub_preset, load_kerashub
+
+_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def load_checkpoint(
+    source: str | os.PathLike,
+    head: str | None = "default",
+    dtype: str | None = None,
+    revision: str | None = None,
+) -> Checkpoint:
+    """Loads a model from a folder, a GGUF file, a hub or a KerasHub preset.
+
+    Nothing that comes with a checkpoint is executed: no pickle, no Python file, no `auto_map`.
+
+    Args:
+        source: A folder in Hugging Face's layout or of a KerasHub preset, a `.gguf` file, or what
+            `checkpoints.hub.download` fetches, such as `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
+        head: One of the family's `heads`. `"default"`: the one that the checkpoint names.
+        dtype: Keras dtype policy of the model, such as `"bfloat16"`. None: Keras's default.
+        revision: Branch, tag or commit on the hub. None: its main branch.
+
+    Returns:
+        The model with its tokenizer and generation settings.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint, or a file of it is missing.
+        ValueError: If a file is damaged, the family is unknown, or weights are missing, left over, pickled
+            or of another shape.
+    """
+    path = pathlib.Path(source)
+    if not path.exists():
+        path = download(str(source), revision)
+    elif revision is not None:
+        raise ValueError(f"`revision` is for the hub; {path} is here. Received: revision={revision!r}")
+    if path.is_file():
+        if path.suffix in _PICKLE:
+            raise ValueError(pickle_message([path.name]))
+        if path.suffix != ".gguf":
+            raise ValueError(f"A checkpoint must be a folder or a .gguf file. Received: {path}")
+        return load_gguf(path, head, dtype)
+    if is_kerashub_preset(path):
+        return load_kerashub(path, head, dtype)
+    return load_folder(path, head, dtype)
+
+
+def convert(source: str | os.PathLike, folder: str | os.PathLike, dtype: str | None = None) -> pathlib.Path:
+    """Loads a checkpoint of any kind and writes it in Hugging Face's layout.
+
+    Args:
+        source: As in `load_checkpoint`.
+        folder: Where to write, see `save_folder`.
+        dtype: What the weights are stored in, such as `"bfloat16"`. None: Keras's default.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError, ValueError: As in `load_checkpoint`.
+    """
+    checkpoint = load_checkpoint(source, dtype=dtype)
+    return save_folder(folder, checkpoint.model, checkpoint.tokenizer, checkpoint.generation or None)

@@ -1,0 +1,333 @@
+"""A model that classifies texts: labels, several labels at once, or numbers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from kerasllm.models import LanguageModel
+from kerasllm.tasks.texts import Text, TextTask
+from kerasllm.tokenizers import Tokenizer
+from kerasllm.training import AdamW
+
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
+
+@keras.saving.register_keras_serializable(package="kerasllm")
+class SequenceClassifier(TextTask):
+    """A classifier of texts or pairs of texts with its tokenizer.
+
+    The model's `config.labels` are the names of the classes and its `config.problem_type` says what the
+    scores are.
+
+    Args:
+        model: The network with the head `"classifier"`: an encoder such as `kerasllm.models.Bert` or a
+            decoder such as `kerasllm.models.GPT2`.
+        tokenizer: The tokenizer; without one, only token ids go in and scores come out.
+
+    Example:
+
+    ```python
+    model = kerasllm.SequenceClassifier.from_pretrained("distilbert/distilbert-base-uncased")
+    model.compile()
+    model.fit(["What a film!", "I left early."], [1, 0], epochs=3)
+    model.classify("Best of the year.")
+    ```
+    """
+
+    head = "classifier"
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None = None, **kwargs):
+        super().__init__(model, tokenizer, **kwargs)
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(
+                f"`problem_type` must be None or one of {PROBLEM_TYPES}. Received: {self.problem_type!r}"
+            )
+
+    @property
+    def problem_type(self) -> str:
+        """What the scores are; where the config says nothing, one label means a regression."""
+        config = self.model.config
+        default = "regression" if len(config.labels) == 1 else "single_label_classification"
+        return config.problem_type or default
+
+    # Prediction
+
+    def classify(
+        self,
+        texts: Text | Sequence[Text],
+        top_k: int | None = None,
+        max_length: int | None = None,
+        batch_size: int = 32,
+    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
+        """Classifies texts or pairs of texts.
+
+        Args:
+            texts: A text or a pair `(text, text)` as a tuple, or a list of such.
+            top_k: Number of labels to return for each; None: all.
+            max_length: Tokens that a longer text is cut to, special tokens included. None: nothing is
+                cut, and a text that does not fit into the context is an error.
+            batch_size: Most texts that are computed at once.
+
+        Returns:
+            Dictionaries of `label` and `score`, the best first; for a list of texts, a list of that. The
+            score is the label's probability, in a regression the number itself. With several labels at
+            once each has a probability of its own.
+
+        Raises:
+            TypeError: If the texts are neither strings nor pairs of strings.
+            ValueError: If a text is empty or too long.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"`top_k` must be None or at least 1. Received: top_k={top_k}")
+        single = isinstance(texts, str | tuple)
+        scores = self._scores([texts] if single else texts, max_length, batch_size)
+        squash = {
+            "single_label_classification": lambda x: np.exp(x - _log_sum_exp(x)),
+            "multi_label_classification": lambda x: np.exp(-np.logaddexp(0.0, -x)),
+            "regression": lambda x: x,
+        }[self.problem_type]
+        labels = self.model.config.labels
+        results = []
+        for row in squash(scores.astype("float64")):
+            best = np.argsort(-row, kind="stable")[:top_k]
+            results.append([{"label": labels[number], "score": float(row[number])} for number in best])
+        return results[0] if single else results
+
+    def predict(self, x, batch_size: int = 32, max_length: int | None = None, **kwargs):
+        """Scores texts; otherwise `keras.Model.predict`.
+
+        Args:
+            x: A list of texts or of pairs of texts, or what `keras.Model.predict` takes.
+            batch_size: Most texts that are computed at once.
+            max_length: As in `classify`.
+            **kwargs: As in Keras, where `x` are no texts.
+
+        Returns:
+            Float32 `[texts, labels]`: the scores before any softmax or sigmoid.
+        """
+        if _holds_texts(x):
+            return self._scores(x, max_length, batch_size)
+        return super().predict(x, batch_size=batch_size, **kwargs)
+
+    def _scores(self, texts: Sequence[Text], max_length: int | None, batch_size: int) -> np.ndarray:
+        rows = self._encode(texts, max_length)
+        scores = np.zeros((len(rows), len(self.model.config.labels)), "float32")
+        if "scores" not in self._functions:
+            self._functions["scores"] = self._graph(lambda tensors: ops.cast(self(tensors), "float32"))
+        for number, row in self._run(self._functions["scores"], rows, batch_size):
+            scores[number] = row
+        return scores
+
+    # Training
+
+    def compile(self, optimizer=None, loss=None, metrics=None, jit_compile=False, **kwargs):
+        """Prepares the model for training; see `keras.Model.compile`.
+
+        Args:
+            optimizer: A Keras optimizer or its name. None: `AdamW` as usual for fine-tuning, with the
+                learning rate 5e-5; a model that starts from nothing learns with ten times that.
+            loss: None: `classification_loss` of the model's problem type.
+            metrics: None: the accuracy, for a classification with a single label.
+            jit_compile: As in Keras. Batches differ in length, and XLA would compile for each.
+            **kwargs: As in Keras.
+
+        Raises:
+            ValueError: If the model is on several replicas.
+        """
+        replicas = self.distribute_strategy.num_replicas_in_sync
+        if replicas > 1:
+            raise ValueError(
+                "Training runs on one replica so far; make the model outside of a "
+                f"`tf.distribute` strategy of several. Received: {replicas} replicas"
+            )
+        if optimizer is None:
+            optimizer = AdamW(5e-5, weight_decay=0.01, beta_2=0.999)
+        if metrics is None and self.problem_type == "single_label_classification":
+            metrics = [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+        super().compile(
+            optimizer=optimizer,
+            loss=classification_loss(self.problem_type) if loss is None else loss,
+            metrics=metrics,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+        # Now, for variables that are made while a step is traced make TensorFlow trace it twice.
+        self.optimizer.build(self.trainable_variables)
+
+    def compile_from_config(self, config):
+        """Compiles as before the model was saved; Keras calls it."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def fit(self, x=None, y=None, batch_size: int | None = None, max_length: int | None = None, **kwargs):
+        """Trains on texts and their labels or on prepared batches; otherwise `keras.Model.fit`.
+
+        Args:
+            x: A list of texts or of pairs of texts; or what Keras takes, such as a `tf.data.Dataset` of
+                `(inputs, labels)`, with inputs as in `call`.
+            y: The labels. Single-label: names or numbers of classes `[texts]`. Multi-label: a list of
+                names for each text, or 0 and 1 `[texts, labels]`. Regression: `[texts]` or
+                `[texts, labels]`.
+            batch_size: Texts per step (default 32).
+            max_length: As in `classify`.
+            **kwargs: As in Keras; `validation_data` is `(texts, labels)`, or as in Keras.
+
+        Returns:
+            Keras's `History`.
+        """
+        if not self.compiled:
+            self.compile()
+        validation = kwargs.get("validation_data")
+        if isinstance(validation, tuple) and len(validation) == 2 and _holds_texts(validation[0]):
+            kwargs["validation_data"] = self._batches(*validation, batch_size, max_length, shuffle=False)
+        if not _holds_texts(x):
+            return super().fit(x, y, batch_size=batch_size, **kwargs)
+        shuffle = kwargs.pop("shuffle", True)
+        batches = self._batches(x, y, batch_size, max_length, shuffle)
+        return super().fit(batches, shuffle=False, **kwargs)
+
+    def evaluate(
+        self, x=None, y=None, batch_size: int | None = None, max_length: int | None = None, **kwargs
+    ):
+        """Measures loss and metrics on texts and their labels; otherwise `keras.Model.evaluate`.
+
+        Args:
+            x: As in `fit`.
+            y: As in `fit`.
+            batch_size: Texts per step (default 32).
+            max_length: As in `classify`.
+            **kwargs: As in Keras.
+
+        Returns:
+            The loss and the metrics by their names; with `return_dict=False` a list.
+        """
+        if not self.compiled:
+            self.compile()
+        kwargs.setdefault("return_dict", True)
+        if not _holds_texts(x):
+            return super().evaluate(x, y, batch_size=batch_size, **kwargs)
+        return super().evaluate(self._batches(x, y, batch_size, max_length, shuffle=False), **kwargs)
+
+    def train_step(self, data):
+        """Updates the weights on one batch; Keras calls it."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        variables = [variable.value for variable in self.trainable_weights]
+        with tf.GradientTape() as tape:
+            scores = self(x, training=True)
+            loss = self.compute_loss(x, y, scores, sample_weight, training=True)
+            scaled = self.optimizer.scale_loss(loss)
+        # Dense: TensorFlow hands out the gradient of a lookup as rows that may repeat, and an
+        # optimizer or a norm over those rows counts a repeated row wrongly.
+        gradients = [tf.convert_to_tensor(gradient) for gradient in tape.gradient(scaled, variables)]
+        self.optimizer.apply(gradients, self.trainable_weights)
+        self._loss_tracker.update_state(loss, sample_weight=ops.shape(scores)[0])
+        return self.compute_metrics(x, y, scores, sample_weight=sample_weight)
+
+    def _batches(self, texts, labels, batch_size, max_length, shuffle) -> tf.data.Dataset:
+        if labels is None:
+            raise ValueError("Texts need their labels: `y` must be given.")
+        rows, labels = self._encode(texts, max_length), self._read_labels(labels)
+        if len(rows) != len(labels):
+            raise ValueError(
+                f"Each text must have a label. Received: {len(rows)} texts, {len(labels)} labels"
+            )
+        numbers = tf.data.Dataset.range(len(rows))
+        if shuffle:
+            numbers = numbers.shuffle(len(rows))
+
+        def read(batch):
+            inputs = self._pad([rows[number] for number in batch])
+            return [*inputs.values(), labels[batch]]
+
+        names = list(self._pad(rows[:1]))
+        dtypes = [tf.int32] * len(names) + [tf.as_dtype(labels.dtype)]
+
+        def load(batch):
+            *inputs, targets = tf.numpy_function(read, [batch], dtypes)
+            for array in inputs:
+                array.set_shape([None, None])
+            targets.set_shape([None, *labels.shape[1:]])
+            return dict(zip(names, inputs, strict=True)), targets
+
+        return numbers.batch(batch_size or 32).map(load).prefetch(2)
+
+    def _read_labels(self, labels) -> np.ndarray:
+        """Labels as arrays that the loss takes: int32 `[texts]` or float32 `[texts, labels]`."""
+        names = self.model.config.labels
+        if self.problem_type == "single_label_classification":
+            numbers = [_number_of(label, names) for label in labels]
+            return np.array(numbers, "int32")
+        if self.problem_type == "multi_label_classification" and _holds_names(labels):
+            rows = np.zeros((len(labels), len(names)), "float32")
+            for row, chosen in zip(rows, labels, strict=True):
+                row[[_number_of(label, names) for label in chosen]] = 1
+            return rows
+        values = np.asarray(labels, "float32")
+        if values.ndim == 1 and len(names) == 1:
+            values = values[:, None]
+        if values.ndim != 2 or values.shape[1] != len(names):
+            raise ValueError(
+                f"Labels of a {self.problem_type} must be [texts, {len(names)}]. "
+                f"Received: shape={np.shape(labels)}"
+            )
+        if self.problem_type == "multi_label_classification" and not np.isin(values, (0, 1)).all():
+            raise ValueError("Labels of a multi-label classification must be 0 or 1, or lists of names.")
+        return values
+
+
+def classification_loss(problem_type: str) -> keras.losses.Loss:
+    """Makes the usual loss of a classifier; each is a mean over the batch.
+
+    Args:
+        problem_type: `"single_label_classification"`: cross-entropy of a softmax.
+            `"multi_label_classification"`: binary cross-entropy of each label's sigmoid.
+            `"regression"`: mean squared error.
+
+    Returns:
+        The loss, of labels and scores.
+
+    Raises:
+        ValueError: If there is no such type.
+    """
+    if problem_type not in PROBLEM_TYPES:
+        raise ValueError(f"`problem_type` must be one of {PROBLEM_TYPES}. Received: {problem_type!r}")
+    return {
+        "single_label_classification": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        "multi_label_classification": keras.losses.BinaryCrossentropy(from_logits=True),
+        "regression": keras.losses.MeanSquaredError(),
+    }[problem_type]
+
+
+def _holds_texts(x) -> bool:
+    if not isinstance(x, list | tuple) or not x:
+        return False
+    return all(
+        isinstance(text, str)
+        or (isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(t, str) for t in text))
+        for text in x
+    )
+
+
+def _holds_names(labels) -> bool:
+    return all(
+        isinstance(chosen, list | tuple | set) and all(isinstance(label, str) for label in chosen)
+        for chosen in labels
+    )
+
+
+def _number_of(label, names: tuple[str, ...]) -> int:
+    if isinstance(label, str) and label in names:
+        return names.index(label)
+    if isinstance(label, int | np.integer) and 0 <= label < len(names):
+        return int(label)
+    raise ValueError(
+        f"A label must be one of {names} or its number, from 0 to {len(names) - 1}. Received: {label!r}"
+    )
+
+
+def _log_sum_exp(x: np.ndarray) -> np.ndarray:
+    largest = x.max(-1, keepdims=True)
+    return largest + np.log(np.exp(x - largest).sum(-1, keepdims=True))

@@ -1,0 +1,221 @@
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from reference.weights import randomize
+
+from kerasllm import GPT2, GPT2Config
+from kerasllm.checkpoints import weights
+from kerasllm.checkpoints.lazy import build_without_values
+from kerasllm.checkpoints.tensors import TensorSource, row_ranges
+from kerasllm.checkpoints.weights import load_model
+
+CONFIG = GPT2Config(vocabulary_size=30, context_length=8, num_layers=2, num_heads=2, dim=8)
+IDS = np.arange(12).reshape(2, 6)
+
+
+class Arrays(TensorSource):
+    """Arrays in memory that count how often they are read."""
+
+    def __init__(self, tensors):
+        self.description = "arrays"
+        self.tensors = dict(tensors)
+        self.shapes = {name: array.shape for name, array in self.tensors.items()}
+        self.reads = []
+
+    def read(self, name, start=0, stop=None):
+        self.reads.append(name)
+        return self.tensors[name][start:stop].copy()
+
+    def close(self):
+        pass
+
+
+def make(head="causal_lm", config=CONFIG):
+    """A model, its config.json and its tensors."""
+    model = randomize(GPT2(config, head=head))
+    variables = model.variables_by_path()
+    tensors = {
+        name: np.ascontiguousarray(transform.to_tensor([variables[path].numpy() for path in paths]))
+        for name, (paths, transform) in model.weight_map().items()
+    }
+    return model, model.huggingface_config(), tensors
+
+
+@pytest.mark.parametrize("head", GPT2.heads)
+def test_every_head(head):
+    model, values, tensors = make(head)
+    source = Arrays(tensors)
+    loaded = load_model(values, source)
+    assert loaded.head == head
+    np.testing.assert_array_equal(loaded(IDS), model(IDS))
+    assert sorted(source.reads) == sorted(tensors)  # each one once
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes(dtype, stored):
+    model, values, tensors = make()
+    stored = np.dtype(stored)
+    loaded = load_model(values, Arrays({n: a.astype(stored) for n, a in tensors.items()}), dtype=dtype)
+    variable_dtype = np.dtype("bfloat16" if dtype == "bfloat16" else "float32")
+    for weight, exact in zip(loaded.weights, model.weights, strict=True):
+        assert weight.dtype == variable_dtype.name
+        expected = exact.numpy().astype(stored).astype(variable_dtype)
+        np.testing.assert_array_equal(weight.numpy(), expected)
+
+
+def test_large_tensors_are_read_in_pieces(monkeypatch):
+    monkeypatch.setattr(weights, "_MAX_WHOLE", 50)
+    monkeypatch.setattr(weights, "row_ranges", lambda shape: row_ranges(shape, max_elements=24))
+    model, values, tensors = make()
+    for dtype in ("float32", "bfloat16"):
+        source = Arrays(tensors)
+        loaded = load_model(values, source, dtype=dtype)
+        assert source.reads.count("transformer.wte.weight") == 10  # 30 rows of 8 numbers, 3 at a time
+        for weight, exact in zip(loaded.weights, model.weights, strict=True):
+            np.testing.assert_array_equal(weight.numpy(), exact.numpy().astype(np.dtype(dtype)))
+
+
+def test_what_was_read_in_pieces_is_not_copied_whenever_it_is_used(monkeypatch):
+    monkeypatch.setattr(weights, "_MAX_WHOLE", 50)
+    _, values, tensors = make()
+    variable = load_model(values, Arrays(tensors)).token_embedding.embeddings.value
+    reads = [np.from_dlpack(variable.read_value()) for _ in range(2)]
+    assert np.shares_memory(*reads)
+
+
+def test_row_ranges():
+    assert list(row_ranges((5, 3), 6)) == [(0, 2), (2, 4), (4, 5)]
+    assert list(row_ranges((2, 100), 6)) == [(0, 1), (1, 2)]
+    assert list(row_ranges((0, 3), 6)) == []
+    assert list(row_ranges((4, 0), 6)) == [(0, 4)]
+
+
+def test_the_loaded_model_trains_and_drops_out():
+    _, values, tensors = make()
+    model = load_model(values, Arrays(tensors))
+    assert np.abs(model(IDS, training=True) - model(IDS)).max() > 0.01
+    optimizer = keras.optimizers.SGD()
+    optimizer.build(model.trainable_variables)
+    optimizer.apply([keras.ops.ones_like(weight) for weight in model.trainable_variables])
+    np.testing.assert_allclose(
+        model.position_embedding.embeddings, tensors["transformer.wpe.weight"] - 0.01, atol=1e-6
+    )
+
+
+def test_a_failed_build_leaves_nothing_behind():
+    """Keras keeps a list of variables without a value, and would give them one after some later scope."""
+    called = []
+
+    def initialize(shape, dtype=None):
+        called.append(shape)
+        return keras.ops.zeros(shape, dtype)
+
+    def build():
+        keras.layers.Dense(2, kernel_initializer=initialize).build((None, 2))
+        raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        build_without_values(build)
+    with keras.StatelessScope():
+        pass
+    assert called == []
+
+
+# Heads
+
+
+def test_checkpoint_of_a_bare_body_and_of_another_head():
+    model, values, tensors = make(None)
+    loaded = load_model(values, Arrays(tensors), head="causal_lm")  # tied: nothing is missing
+    np.testing.assert_array_equal(loaded.token_embedding.embeddings, tensors["wte.weight"])
+    with pytest.warns(UserWarning, match=r"\['GPT2Model'\] and has no head 'classifier'.* must be trained"):
+        loaded = load_model(values, Arrays(tensors), head="classifier")
+    np.testing.assert_array_equal(loaded.token_embedding.embeddings, tensors["wte.weight"])
+    assert 0 < np.std(loaded.classifier.kernel) < 0.1
+    _, values, tensors = make("classifier")
+    assert load_model(values, Arrays(tensors), head=None).head is None
+
+
+def test_a_head_that_the_checkpoint_should_have():
+    _, values, tensors = make("classifier")
+    del tensors["score.weight"]
+    with pytest.raises(ValueError, match=r"Missing: \['score.weight'\]"):
+        load_model(values, Arrays(tensors))
+
+
+# Repeated tensors
+
+
+def test_tied_head_in_the_file():
+    model, values, tensors = make()
+    equal = Arrays({**tensors, "lm_head.weight": tensors["transformer.wte.weight"]})
+    np.testing.assert_array_equal(load_model(values, equal)(IDS), model(IDS))
+    other = tensors["transformer.wte.weight"].copy()
+    other[-1, -1] += 1e-3
+    with pytest.raises(ValueError, match=r"config.json ties lm_head.weight .* must equal"):
+        load_model(values, Arrays({**tensors, "lm_head.weight": other}))
+    with pytest.raises(ValueError, match=r"config.json ties lm_head.weight .* must equal"):
+        load_model(values, Arrays({**tensors, "lm_head.weight": other[:-1]}))
+
+
+def test_the_same_tensor_under_two_names():
+    model, values, tensors = make()
+    twice = {**tensors, "wpe.weight": tensors["transformer.wpe.weight"]}
+    np.testing.assert_array_equal(load_model(values, Arrays(twice))(IDS), model(IDS))
+    twice["wpe.weight"] = twice["wpe.weight"] + 1
+    with pytest.raises(ValueError, match="wpe.weight stand for the same weights and must be equal"):
+        load_model(values, Arrays(twice))
+
+
+def test_buffers_are_left_out():
+    model, values, tensors = make()
+    masks = {f"transformer.h.{n}.attn.bias": np.tri(8, dtype="bool") for n in range(2)}
+    np.testing.assert_array_equal(load_model(values, Arrays(tensors | masks))(IDS), model(IDS))
+
+
+# What does not fit
+
+
+def test_integers_are_no_weights():
+    _, values, tensors = make()
+    for dtype in ("int8", "int64", ml_dtypes.float8_e4m3fn):
+        changed = {**tensors, "transformer.wpe.weight": tensors["transformer.wpe.weight"].astype(dtype)}
+        with pytest.raises(ValueError, match="Weights must be floats of 16, 32 or 64 bits"):
+            load_model(values, Arrays(changed))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("transformer.wpe.weight", (9, 8)),
+        ("transformer.wpe.weight", (64,)),
+        ("transformer.h.1.attn.c_attn.weight", (8, 25)),
+        ("transformer.h.1.attn.c_attn.weight", (8, 27)),
+        ("transformer.h.1.attn.c_attn.bias", ()),
+        ("transformer.ln_f.weight", (8, 1)),
+    ],
+)
+def test_wrong_shapes_are_found_before_anything_is_read(name, shape):
+    _, values, tensors = make()
+    source = Arrays({**tensors, name: np.zeros(shape, "float32")})
+    with pytest.raises(ValueError, match=f"{name} must fill .* of shape"):
+        load_model(values, source)
+    assert source.reads == []
+
+
+def test_absurd_sizes_take_no_memory():
+    """A config that asks for terabytes, or for millions of layers, fails at once."""
+    _, values, tensors = make()
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer"):
+        with pytest.raises(ValueError, match="must fill|every layer"):
+            load_model({**values, name: 10**12}, Arrays(tensors))
+
+
+def test_long_lists_of_names_are_cut():
+    _, values, tensors = make()
+    more = {f"extra.{n}": np.zeros(1, "float32") for n in range(5000)}
+    with pytest.raises(ValueError, match="and 4990 more") as caught:
+        load_model(values, Arrays(tensors | more))
+    assert len(str(caught.value)) < 1000

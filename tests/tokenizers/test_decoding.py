@@ -1,0 +1,187 @@
+"""Decoding equals `tokenizers`, whole and token by token, for every decoder in use."""
+
+import json
+import random
+
+import pytest
+import tensorflow as tf
+import tokenizers
+from reference.tokenizer_kinds import train_byte_level
+from tokenizers import decoders
+
+from kerasllm.tokenizers import StreamingDecoder, Tokenizer
+
+METASPACE = [decoders.Metaspace(prepend_scheme=scheme) for scheme in ("always", "first", "never")]
+LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+DECODERS = {
+    "none": None,
+    "bytes": decoders.ByteLevel(),
+    "fuse": decoders.Fuse(),
+    "metaspace always": METASPACE[0],
+    "metaspace first": METASPACE[1],
+    "metaspace never": METASPACE[2],
+    "word pieces": decoders.WordPiece(cleanup=True),
+    "word pieces as they are": decoders.WordPiece(prefix="##", cleanup=False),
+    "llama": decoders.Sequence([*LLAMA, decoders.Strip(" ", 1, 0)]),
+    "llama, three spaces": decoders.Sequence([*LLAMA, decoders.Strip(" ", 3, 0)]),
+    "gemma": decoders.Sequence(LLAMA),
+    "strip of tokens": decoders.Sequence([decoders.Strip("▁", 1, 0), decoders.Fuse()]),
+    "byte fallback": decoders.ByteFallback(),
+}
+TOKENS = [
+    *(
+        "▁",
+        "▁▁",
+        "▁a",
+        "a",
+        "b",
+        "é",
+        "日",
+        " ",
+        "  x",
+        "##a",
+        "##",
+        "##▁",
+        " n't",
+        ".",
+        " .",
+        "do",
+        " do not",
+        "'",
+        "!",
+    ),
+    *("<0x", "<0xZZ>", "<0x+1>", "<0x 1>", "▁a▁▁", "Ġa", "Ã", "©", "ðŁ", "ĻĤ", "Â", "ï¿½", "\ue000"),
+    *(
+        f"<0x{byte:02X}>"
+        for byte in [*range(0x20, 0x7F, 16), *range(0x80, 0x100, 3), 0xF0, 0x9F, 0x99, 0x82]
+    ),
+    "<0xc3>",
+]
+SPECIAL_TOKENS = ["<s>", "</s>", "▁special"]
+
+
+def tokenizer_with(decoder) -> tuple[Tokenizer, tokenizers.Tokenizer]:
+    reference = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, "<unk>"))
+    tokens = ["<unk>", *dict.fromkeys(TOKENS)]
+    config = json.loads(reference.to_str())
+    config["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
+    config["added_tokens"] = [
+        dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        | {"id": len(tokens) + i, "content": content, "special": i < 2}
+        for i, content in enumerate(SPECIAL_TOKENS)
+    ]
+    word_level = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    config["pre_tokenizer"] = word_level
+    reference = tokenizers.Tokenizer.from_str(json.dumps(config))
+    if decoder is not None:
+        reference.decoder = decoder
+    return Tokenizer.from_json(reference.to_str()), reference
+
+
+def random_rows(vocabulary_size: int, seed: int, count: int = 600) -> list[list[int]]:
+    generator = random.Random(seed)
+    bytes_from = len(TOKENS) - 80
+    rows = [
+        [generator.randrange(vocabulary_size + 3) for _ in range(generator.randrange(9))]
+        for _ in range(count)
+    ]
+    rows += [
+        [generator.randrange(bytes_from, vocabulary_size) for _ in range(6)] for _ in range(count // 2)
+    ]
+    return rows
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_whole_and_streamed(name):
+    tokenizer, reference = tokenizer_with(DECODERS[name])
+    rows = random_rows(tokenizer.vocabulary_size, seed=1)
+    # Characters of several byte tokens, which random ids hardly hit.
+    emoji = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "🙂".encode()]
+    rows += [emoji, emoji[:3], [*emoji, *emoji[:2], 1], [1, *emoji, 5, *emoji], [*emoji[1:], *emoji]]
+    letters = [tokenizer.token_to_id(token) for token in ("ðŁ", "ĻĤ", "Ã", "©")]
+    rows += [letters, letters[:3], letters[1:], [*letters, *letters]]
+    # Spaces at the beginning, in tokens of their own.
+    space, two_spaces, word = map(tokenizer.token_to_id, ("▁", "▁▁", "▁a"))
+    rows += [[space, space, space, word], [two_spaces, two_spaces], [space, word], [word, space]]
+    for skip_special_tokens in (True, False):
+        expected = reference.decode_batch(rows, skip_special_tokens=skip_special_tokens)
+        assert tokenizer.decode(rows, skip_special_tokens) == expected
+        for row, whole in zip(rows[::3] + rows[-13:], expected[::3] + expected[-13:], strict=True):
+            decoder = StreamingDecoder(tokenizer, skip_special_tokens)
+            given_out = ""
+            for length, token_id in enumerate(row, start=1):
+                given_out += decoder.add(token_id)
+                if length % 2 == 0:  # What it would be if the text ended here.
+                    other = StreamingDecoder(tokenizer, skip_special_tokens)
+                    so_far = "".join(map(other.add, row[:length]))
+                    assert so_far == given_out
+                    assert so_far + other.finish() == reference.decode(
+                        row[:length], skip_special_tokens=skip_special_tokens
+                    )
+            assert given_out + decoder.finish() == whole
+
+
+def test_streaming_bytes_holds_back_three_at_most():
+    reference = train_byte_level("gpt2", ["é日🙂"], 257)
+    tokenizer = Tokenizer.from_json(reference.to_str())
+    generator = random.Random(0)
+    by_byte = {tokenizer.token_bytes(i): i for i in range(256)}
+    for _ in range(300):
+        content = "".join(generator.choices("aé日🙂 ", k=8)).encode()
+        content = bytearray(content)
+        for _ in range(generator.randrange(3)):
+            content[generator.randrange(len(content))] = generator.randrange(256)
+        ids = [by_byte[bytes([byte])] for byte in content]
+        decoder = StreamingDecoder(tokenizer)
+        given_out = ""
+        for length, token_id in enumerate(ids, start=1):
+            given_out += decoder.add(token_id)
+            now = reference.decode(ids[:length])
+            assert now.startswith(given_out)
+            # The rest is one unfinished character.
+            assert len(bytes(content[:length]).decode(errors="replace")) - len(given_out) <= 1
+        assert given_out + decoder.finish() == reference.decode(ids)
+
+
+def test_a_streaming_decoder_begins_anew_after_the_end():
+    tokenizer, _ = tokenizer_with(DECODERS["llama"])
+    word = tokenizer.token_to_id("▁a")
+    decoder = StreamingDecoder(tokenizer)
+    for _ in range(2):
+        assert decoder.add(word) + decoder.add(word) + decoder.finish() == "a a"
+
+
+def test_dense_ids_of_any_type():
+    tokenizer, reference = tokenizer_with(DECODERS["llama"])
+    ids = tf.constant([[3, 4, -1], [-1, 3, 10_000]], tf.int16)
+    expected = [reference.decode([3, 4]), reference.decode([3])]
+    assert [text.decode() for text in tokenizer.detokenize(ids).numpy()] == expected
+
+
+REFUSED = {
+    "unknown": {"type": "CTC"},
+    "order": {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "ByteFallback"}]},
+    "bytes later": {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "ByteLevel"}]},
+    "replace the whole": {
+        "type": "Sequence",
+        "decoders": [{"type": "Fuse"}, {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}],
+    },
+    "expression": {"type": "Replace", "pattern": {"Regex": "(a+)+"}, "content": ""},
+    "strip at the end": {
+        "type": "Sequence",
+        "decoders": [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 0, "stop": 1}],
+    },
+    "huge": {"type": "Strip", "content": " ", "start": 10**12, "stop": 0},
+    "two characters": {"type": "Metaspace", "replacement": "ab"},
+    "number": {"type": "Replace", "pattern": 5, "content": "b"},
+    "text": "ByteLevel",
+    "no type": {},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_unsupported_is_refused(name):
+    _, reference = tokenizer_with(None)
+    config = json.loads(reference.to_str()) | {"decoder": REFUSED[name]}
+    with pytest.raises(ValueError, match="must be|must take"):
+        Tokenizer.from_json(json.dumps(config))
