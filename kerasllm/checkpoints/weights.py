@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kerasllm.checkpoints.lazy import build_without_values, initialize_rest, set_by_rows, set_value
@@ -196,7 +197,7 @@ def _with_progress(plan: Plan, source: TensorSource) -> Iterator[tuple]:
         return
     sizes = [4 * int(np.prod(source.shapes[names[0]])) for names, *_ in plan]
     columns = TextColumn("loading"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    progress = Progress(*columns, transient=True)
+    progress = Progress(*columns, transient=True, console=Console(stderr=True))
     task = progress.add_task("loading", total=sum(sizes))
     begin = time.monotonic()
     try:

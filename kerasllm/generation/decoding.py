@@ -139,9 +139,16 @@ def append_token(
     Returns:
         The state.
     """
-    count = tf.minimum(state.lengths - state.prompt_lengths, tf.shape(uniform)[1] - 1)
-    scores = process_scores(logits, state.sequences, state.lengths, state.prompt_lengths, settings)
-    token = choose_tokens(
+    token = _next_token(logits, state.sequences, state.lengths, state.prompt_lengths, settings, uniform)
+    return append(state, token, logits, settings, rows)
+
+
+@tf.function(autograph=False, reduce_retracing=True)  # to be traced only once for a kind of settings
+def _next_token(logits, sequences, lengths, prompt_lengths, settings, uniform) -> tf.Tensor:
+    """Processes the scores and chooses a token for each row, int32 `[batch]`."""
+    scores = process_scores(logits, sequences, lengths, prompt_lengths, settings)
+    count = tf.minimum(lengths - prompt_lengths, tf.shape(uniform)[1] - 1)
+    return choose_tokens(
         scores,
         tf.gather(uniform, count, batch_dims=1),
         settings.temperature,
@@ -150,7 +157,6 @@ def append_token(
         settings.min_p,
         settings.typical_p,
     )
-    return append(state, token, logits, settings, rows)
 
 
 def append(

@@ -15,7 +15,7 @@ from kerasllm.generation.decoding import DecodeState, append_token, decode, pad_
 from kerasllm.generation.processors import RowSettings, settings_arrays
 from kerasllm.generation.sampling import uniform_numbers
 from kerasllm.generation.speculative import decode_with_guesses
-from kerasllm.layers import updates_in_place
+from kerasllm.layers.attention import updates_in_place
 from kerasllm.models import LanguageModel
 
 # XLA takes seconds to compile; a model smaller than this is quicker without.

@@ -5,7 +5,6 @@ from kerasllm.layers.attention import (
     MultiHeadAttention,
     SelfAttention,
     SimplifiedSelfAttention,
-    updates_in_place,
 )
 from kerasllm.layers.embedding import TokenEmbedding
 from kerasllm.layers.feed_forward import FeedForward, GatedFeedForward
@@ -34,5 +33,4 @@ __all__ = [
     "SimplifiedSelfAttention",
     "SinusoidalPositionEncoding",
     "TokenEmbedding",
-    "updates_in_place",
 ]

@@ -454,7 +454,8 @@ class Tokenizer(tf.Module):
     def _build_tokenization(self) -> None:
         self._cut_rewrites = _PlainValue(self._cuts())
         self._normalizer = _PlainValue(build_normalizer(self._config.json.get("normalizer")))
-        table = self._piece_ids()
+        # An entry so that there is a table where no piece is one token; no piece is a mark.
+        table = self._piece_ids() or {MARK: self._default_piece_id()}
         self._piece_table = tf.lookup.StaticHashTable(
             tf.lookup.KeyValueTensorInitializer(
                 tf.constant(list(table.keys()), tf.string),

@@ -191,6 +191,7 @@ class Composition:
             last_change = tf.math.unsorted_segment_max(
                 tf.range(tf.size(letters, out_type=tf.int64)), letters, tf.size(values, out_type=tf.int64)
             )
+            composed = tf.concat([composed, [0]], 0)  # There may be no change to look up.
             new_values = tf.where(last_change >= 0, tf.gather(composed, tf.maximum(last_change, 0)), values)
             keep = tf.tensor_scatter_nd_update(
                 tf.ones_like(values, tf.bool), places[:, tf.newaxis], tf.zeros_like(places, tf.bool)

@@ -1,3 +1,5 @@
+import sys
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -121,6 +123,16 @@ def test_a_failed_build_leaves_nothing_behind():
     with keras.StatelessScope():
         pass
     assert called == []
+
+
+@pytest.mark.parametrize(("patience", "is_shown"), [(0.0, True), (1000.0, False)])
+def test_progress_bar_of_long_loads_in_a_terminal(monkeypatch, capsys, patience, is_shown):
+    monkeypatch.setattr(weights, "_PATIENCE", patience)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _, values, tensors = make()
+    load_model(values, Arrays(tensors))
+    captured = capsys.readouterr()
+    assert ("loading" in captured.err) == is_shown and captured.out == ""
 
 
 # Heads

@@ -74,14 +74,14 @@ def test_rows_alone(engine, wanted):
         assert generate(engine, [*neighbours, row])[-1] == wanted[number], SETTINGS[number]
 
 
-def test_only_what_is_used_is_in_the_graph(tiny):
+def test_only_what_is_used_is_in_the_graph(engine):
     """The plain settings make another graph than the rare ones, with the same result."""
-    engine = Engine(tiny, jit_compile=False)
     plain, rare = rows_of([{}]), rows_of([{}, {"repetition_penalty": 1.2}])
     assert generate(engine, plain)[0] == generate(engine, rare)[0]
-    assert len(engine._functions) == 2
+    before = len(engine._functions)
     generate(engine, rows_of([{"temperature": 0.3}] * 5, [[2] * 20]))
-    assert len(engine._functions) == 2  # other sizes and values need no other graph
+    generate(engine, rows_of([{"top_k": 3, "min_p": 0.3}] * 9, [[2] * 3]))
+    assert len(engine._functions) == before >= 2  # other sizes and values need no other graph
 
 
 def test_compiled_by_xla(tiny, wanted):
@@ -97,10 +97,10 @@ def test_copies_draw_unlike_tokens(engine, forward):
     assert len(set(map(tuple, texts))) == 3
 
 
-@pytest.mark.parametrize("count", [0, 3])
-def test_log_probabilities_are_the_model_s_own(engine, forward, count):
+def test_log_probabilities_are_the_model_s_own(engine, forward):
     """Whatever the settings do to the scores, and whatever the neighbours are."""
     rows = rows_of([{}, {"temperature": 3.0, "repetition_penalty": 2.0, "top_k": 9, "seed": 4}])
+    count = 3
     batch = engine.start(rows, num_log_probabilities=count)
     batch.advance(100)
     for number, row in enumerate(rows):

@@ -117,6 +117,14 @@ def test_pre_tokenizer(kind):
     assert_equal(tokenizer, reference, texts)
 
 
+def test_normalized_texts_one_by_one():
+    """In a batch of many texts there is always one with something to compose."""
+    reference = train_byte_level("gpt-neox", CORPUS)
+    tokenizer = Tokenizer.from_json(reference.to_str())
+    for text in ("\ufb1d", "a\U00016af0b", "e\u0301", "\u0301", "a\u0316\u0301", "\u1100\u1161\u11a8", ""):
+        assert_equal(tokenizer, reference, [text])
+
+
 def change(reference: tokenizers.Tokenizer, **entries) -> str:
     config = json.loads(reference.to_str())
     config["model"] |= entries.pop("model", {})

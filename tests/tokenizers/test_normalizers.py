@@ -3,6 +3,7 @@
 import base64
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import random
 import struct
@@ -109,6 +110,18 @@ def test_compiled_rules(seed, texts, charsmap):
         if "\0" not in text:
             rules[text] = generator.choice(["", "x", "yz", " ", "\u0301", "日"])
     assert_same(normalizers.Precompiled(charsmap(rules)), texts)
+
+
+def test_rules_and_joined_pictures_and_consonants(charsmap):
+    """All strings of some characters; a mark after a replaced one shows where graphemes begin."""
+    rules = dict.fromkeys("\N{TRADE MARK SIGN}\N{DEVANAGARI LETTER QA}", ".")
+    some = "x\N{BLACK TELEPHONE}\N{DEVANAGARI LETTER KA}\N{DEVANAGARI SIGN VIRAMA}\u200d\u0301" + "".join(
+        rules
+    )
+    strings = [
+        "".join(letters) for length in range(1, 6) for letters in itertools.product(some, repeat=length)
+    ]
+    assert_same(normalizers.Precompiled(charsmap(rules)), strings)
 
 
 def test_rules_are_read_back(charsmap):
