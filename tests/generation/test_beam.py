@@ -32,7 +32,7 @@ def test_enough_beams_find_the_best_text(forward, engine):
     np.testing.assert_allclose([beam.score for beam in found], [scores[pair] for pair in best], atol=1e-4)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rows_do_not_depend_on_their_neighbours(tiny, jit_compile):
     engine = Engine(tiny, jit_compile=jit_compile)
     rows = rows_of(num_beams=3, max_new_tokens=9, repetition_penalty=1.3, min_new_tokens=2)

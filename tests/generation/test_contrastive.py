@@ -51,7 +51,7 @@ def wanted(tiny, forward):
     return found
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_equals_the_definition(tiny, wanted, jit_compile):
     rows = rows_of(**SETTINGS)
     batch = Engine(tiny, jit_compile=jit_compile).start(rows)
