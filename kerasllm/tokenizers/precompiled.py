@@ -45,7 +45,9 @@ class Precompiled:
         self._sequences = Sequences([*([ord(c) for c in text] for text in rules.values()), []])
         self._nothing = len(rules)
         self._graphemes = Graphemes()
-        self.changing = CodePoints.of(ord(c) for text in rules for c in text) | self._graphemes.joining
+        # A rule for more than one code point is for a character that something is joined to.
+        of_one = CodePoints.of(ord(text) for text in rules if len(text) == 1)
+        self.changing = of_one | self._graphemes.joining
 
     def __call__(self, codes: tf.RaggedTensor) -> tf.RaggedTensor:
         """`[texts, None]` int32 code points -> the same, normalized."""

@@ -236,7 +236,7 @@ HOSTILE = {
     "doubling": (
         "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
         "{{ n.x }}",
-        "memory",
+        "took longer|memory",
     ),
     "width": ("{{ '%1000000000d' % 1 }}", "memory"),
     "prompt": ("{% for i in range(9999) %}{{ 'a' * 99999 }}{% endfor %}", "more than"),
