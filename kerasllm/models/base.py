@@ -232,8 +232,11 @@ class ModelConfig:
         return values
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as a dictionary that `from_dict` takes."""
-        return dataclasses.asdict(self)
+        """Returns the fields as a dictionary that `from_dict` takes, in types that JSON has."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
 
 
 def _labels(id2label: Any) -> tuple[str, ...]:

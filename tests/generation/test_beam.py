@@ -32,6 +32,23 @@ def test_enough_beams_find_the_best_text(forward, engine):
     np.testing.assert_allclose([beam.score for beam in found], [scores[pair] for pair in best], atol=1e-4)
 
 
+def test_several_steps(forward, engine):
+    """Against a search without end tokens and without a cache."""
+    config = {"num_beams": 3, "max_new_tokens": 6, "length_penalty": 0.0, "early_stopping": "never"}
+    found = search_beams(engine, rows_of(end_ids=(), **config))
+    for prompt, beams in zip(PROMPTS, found, strict=True):
+        texts = [([], 0.0)]
+        for _ in range(6):
+            longer = []
+            for new, score in texts:
+                logits = np.asarray(forward(np.array([prompt + new], "int32")))[0, -1].astype("float64")
+                values = score + np.log(reference.softmax(logits))
+                longer += [([*new, token], value) for token, value in enumerate(values)]
+            texts = sorted(longer, key=lambda text: -text[1])[:3]
+        assert [beam.token_ids for beam in beams] == [new for new, _ in texts]
+        np.testing.assert_allclose([beam.score for beam in beams], [s for _, s in texts], atol=1e-4)
+
+
 @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rows_do_not_depend_on_their_neighbours(tiny, jit_compile):
     engine = Engine(tiny, jit_compile=jit_compile)

@@ -16,9 +16,8 @@ from kerasllm.layers import (
     MultiHeadAttention,
     SelfAttention,
     SimplifiedSelfAttention,
-    updates_in_place,
 )
-from kerasllm.layers.attention import causal_bias, dot_product_attention
+from kerasllm.layers.attention import causal_bias, dot_product_attention, updates_in_place
 
 X = normal(2, 5, 12)
 MEMORY = normal(2, 7, 10, seed=2)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ class TestConfig:
     def test_dictionary_and_back(self):
         config = ModelConfig(vocabulary_size=11, context_length=7)
         assert config.to_dict().items() >= {"vocabulary_size": 11, "context_length": 7}.items()
-        assert ModelConfig.from_dict(config.to_dict()) == config
+        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
 
     def test_unknown_keys(self):
         with pytest.raises(ValueError, match=r"fields .*'dim'.*Received: \['hidden', 'n_embd'\]"):
