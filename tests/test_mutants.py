@@ -75,17 +75,17 @@ MUTANTS = [
         "layers/attention.py",
         (
             (
-                "(batch, length, self.num_kv_heads, group, self.head_dim)",
-                "(batch, length, group, self.num_kv_heads, self.head_dim)",
+                "(-1, length, self.num_kv_heads, group, self.head_dim)",
+                "(-1, length, group, self.num_kv_heads, self.head_dim)",
             ),
             (
                 "query = ops.transpose(query, (0, 2, 3, 1, 4))",
                 "query = ops.transpose(query, (0, 3, 2, 1, 4))",
             ),
             (
-                "mixed = ops.reshape(mixed, (batch, self.num_heads, length, self.head_dim))\n"
+                "mixed = ops.reshape(mixed, (-1, self.num_heads, length, self.head_dim))\n"
                 "        mixed = ops.transpose(mixed, (0, 2, 1, 3))",
-                "mixed = ops.reshape(mixed, (batch, self.num_kv_heads, group, length, self.head_dim))\n"
+                "mixed = ops.reshape(mixed, (-1, self.num_kv_heads, group, length, self.head_dim))\n"
                 "        mixed = ops.transpose(mixed, (0, 3, 2, 1, 4))",
             ),
         ),
@@ -111,8 +111,8 @@ MUTANTS = [
         "layers/feed_forward.py",
         (
             (
-                "ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)",
-                "self.gate(x) * ACTIVATIONS[self.activation](self.up(x))",
+                "ACTIVATIONS[self.activation](self.gate(flat)) * self.up(flat)",
+                "self.gate(flat) * ACTIVATIONS[self.activation](self.up(flat))",
             ),
         ),
         "layers/test_feed_forward.py",

@@ -5,11 +5,14 @@ import re
 import shlex
 
 import pytest
+from reference.assets import asset
 
+import kerasllm
 from kerasllm.cli import _parser
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+WITH_A_REAL_MODEL = re.findall(r"```python no-run\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^kerasllm (.*)$", README, re.MULTILINE)
 
 
@@ -28,6 +31,16 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
         "phone/model.tflite",
     ):
         assert (tmp_path / path).is_file()
+
+
+@pytest.mark.slow
+def test_example_with_a_real_model_runs(tmp_path, monkeypatch, capsys):
+    file = asset("smollm2")
+    (tmp_path / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    (example,) = WITH_A_REAL_MODEL
+    exec(compile(example, "README.md", "exec"), {"kerasllm": kerasllm})  # noqa: S102
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

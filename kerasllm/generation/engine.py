@@ -15,7 +15,8 @@ from kerasllm.generation.decoding import DecodeState, append_token, decode, pad_
 from kerasllm.generation.processors import RowSettings, settings_arrays
 from kerasllm.generation.sampling import uniform_numbers
 from kerasllm.generation.speculative import decode_with_guesses
-from kerasllm.layers.attention import updates_in_place
+from kerasllm.layers.attention import swap_cache_layout
+from kerasllm.layers.xla import traced_for_xla
 from kerasllm.models import LanguageModel
 
 # XLA takes seconds to compile; a model smaller than this is quicker without.
@@ -197,9 +198,13 @@ def fill_up_rows(structure: Any, size: tf.Tensor) -> Any:
     return tf.nest.map_structure(lambda tensor: pad_to(tensor, size, axis=0), structure)
 
 
-def fill_up_state(state: DecodeState, size: tf.Tensor) -> DecodeState:
-    """Adds rows that have ended and have one token."""
+def fill_up_state(state: DecodeState, size: tf.Tensor, for_xla: bool) -> DecodeState:
+    """Adds rows that have ended and have one token, and lays caches out as the decoding wants them."""
     state = fill_up_rows(state, size)
+    if for_xla:
+        state = state._replace(
+            cache=swap_cache_layout(state.cache), draft_cache=swap_cache_layout(state.draft_cache)
+        )
     return state._replace(
         lengths=tf.maximum(state.lengths, 1), prompt_lengths=tf.maximum(state.prompt_lengths, 1)
     )
@@ -233,7 +238,7 @@ def make_functions(start, go_on, settings: RowSettings, extra: Any, jit_compile:
         lambda tensor: tf.TensorSpec(tensor.shape, tensor.dtype), start.structured_outputs
     )
     go_on = tf.function(go_on, autograph=False, jit_compile=jit_compile)
-    with updates_in_place() if jit_compile else contextlib.nullcontext():
+    with traced_for_xla() if jit_compile else contextlib.nullcontext():
         return start, go_on.get_concrete_function(*outputs, specs, scalar)
 
 
@@ -269,7 +274,7 @@ def search_beams(
     def start(prompts, lengths, length, settings, seeds, copies, extra):
         size = tf.shape(seeds)[0]
         logits, state = prefill(model, prompts, lengths, length, None, extra)
-        logits, state = fill_up_rows(logits, size), fill_up_state(state, size)
+        logits, state = fill_up_rows(logits, size), fill_up_state(state, size, engine.jit_compile)
         return search.start(logits, state, settings), fill_up_rows(extra, size)
 
     def go_on(state, extra, settings, steps):
@@ -335,11 +340,12 @@ class Batch:
             uniform = uniform_numbers(seeds, length, copies)
             if alpha > 0:
                 state = prefill_contrastive(model, prompts, lengths, length, num_log_probabilities, extra)
-                return fill_up_state(state, size), uniform, fill_up_rows(extra, size)
+                return fill_up_state(state, size, engine.jit_compile), uniform, fill_up_rows(extra, size)
             logits, state = prefill(model, prompts, lengths, length, num_log_probabilities, extra)
             if draft is not None:
                 state = state._replace(draft_cache=prefill(draft, prompts, lengths, length)[1].cache)
-            state = append_token(fill_up_state(state, size), fill_up_rows(logits, size), settings, uniform)
+            state = fill_up_state(state, size, engine.jit_compile)
+            state = append_token(state, fill_up_rows(logits, size), settings, uniform)
             return state, uniform, fill_up_rows(extra, size)
 
         def go_on(state, uniform, extra, settings, steps):

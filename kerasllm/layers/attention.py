@@ -4,8 +4,6 @@ The first three layers are a ladder for learners; each adds one idea to the one 
 `MultiHeadAttention` included, end in the same `dot_product_attention`.
 """
 
-import contextlib
-import contextvars
 import functools
 import math
 import operator
@@ -16,27 +14,12 @@ from keras import ops
 
 from kerasllm.layers.norm import RMSNorm
 from kerasllm.layers.position import RotaryEmbedding
+from kerasllm.layers.shapes import flatten, unflatten
+from kerasllm.layers.xla import is_traced_for_xla
 
 # Added to a score that must not count. Large enough that its exponential is exactly 0 in float32, and
 # small enough that two of them may meet without an overflow.
 MASKED = -1e9
-
-
-# Whether a write into a cache touches only what it changes, as it does in XLA.
-_UPDATES_IN_PLACE = contextvars.ContextVar("updates_in_place", default=False)
-
-
-@contextlib.contextmanager
-def updates_in_place():
-    """While this is open, functions are traced for XLA, which writes single tokens into a cache.
-
-    Elsewhere such a write copies the cache, and a product over all of it is quicker.
-    """
-    token = _UPDATES_IN_PLACE.set(True)
-    try:
-        yield
-    finally:
-        _UPDATES_IN_PLACE.reset(token)
 
 
 def dot_product_attention(query, keys, values, bias=None, dropout=None, score_cap=None):
@@ -117,9 +100,46 @@ def mask_bias(mask):
     return ops.where(ops.not_equal(ops.cast(mask, "int32"), 0), 0.0, MASKED)
 
 
+def swap_cache_layout(cache):
+    """Turns a cache as `make_cache` lays it out to one for functions that are traced for XLA, and back.
+
+    There the keys are transposed and the values are not, for so XLA multiplies with them as they lie.
+
+    Args:
+        cache: Tensors `[..., a, b]` in any structure.
+
+    Returns:
+        The structure with tensors `[..., b, a]`.
+    """
+    return keras.tree.map_structure(lambda part: ops.swapaxes(part, -1, -2), cache)
+
+
+def cache_length(cache):
+    """Returns the number of tokens that a layer's key-value cache can hold."""
+    return ops.shape(cache[0])[3 if is_traced_for_xla() else 2]
+
+
+def _write_cache(cache, keys, values, index):
+    """Writes keys and transposed values into the cache from column `index` on.
+
+    Returns:
+        The cache; its keys; its transposed values.
+    """
+    new = (ops.cast(keys, cache[0].dtype), ops.cast(values, cache[1].dtype))
+    if not is_traced_for_xla():
+        cache = tuple(_write(*pair, index, axis) for *pair, axis in zip(cache, new, (2, 3), strict=True))
+        return cache, *cache
+    new = swap_cache_layout(new)
+    if not isinstance(index, int) and len(index.shape) == 1:
+        # XLA writes single tokens in place. Elsewhere that copies the cache, and `_write` is quicker.
+        cache = _write_rows(cache, new, index)
+    else:
+        cache = tuple(_write(*pair, index, axis) for *pair, axis in zip(cache, new, (3, 2), strict=True))
+    return cache, *swap_cache_layout(cache)
+
+
 def _write(cache, new, index, axis):
     """Writes `new` into `cache` from column `index` of `axis` on."""
-    new = ops.cast(new, cache.dtype)
     if isinstance(index, int):  # known when the graph is made: plain slices, which run everywhere
         end, room = index + ops.shape(new)[axis], cache.shape[axis]
         if index < 0 or (isinstance(end, int) and room is not None and end > room):
@@ -127,18 +147,15 @@ def _write(cache, new, index, axis):
                 "Tokens must be written inside the cache. "
                 f"Received: cache_index={index}, {new.shape[axis]} tokens, cache length={room}"
             )
-        before, after = [slice(None)] * 4, [slice(None)] * 4
-        before[axis] = slice(None, index)
-        after[axis] = slice(end, None)
-        return ops.concatenate([cache[tuple(before)], new, cache[tuple(after)]], axis=axis)
+        everything = (slice(None),) * axis
+        before = [cache[(*everything, slice(None, index))]] if index else []
+        return ops.concatenate([*before, new, cache[(*everything, slice(end, None))]], axis=axis)
     if len(index.shape) == 0:
         start = [0, 0, 0, 0]
         start[axis] = index
         updated = ops.slice_update(cache, ops.stack([ops.cast(s, "int32") for s in start]), new)
         # The update loses the static shape, which a converter to fixed-shape runtimes needs.
         return ops.reshape(updated, ops.shape(cache))
-    if _UPDATES_IN_PLACE.get():
-        return _write_rows(cache, new, index, axis)
     column_shape = [1, 1, 1, 1]
     column_shape[axis] = -1
     columns = ops.reshape(ops.arange(ops.shape(cache)[axis], dtype="int32"), column_shape)
@@ -157,16 +174,23 @@ def _write(cache, new, index, axis):
     return ops.where(written, moved, cache)
 
 
-def _write_rows(cache, new, index, axis):
-    """Writes `new` into `cache` row by row, from each row's own column of `axis` on."""
+def _write_rows(cache, new, index):
+    """Writes transposed keys and values row by row, from each row's own column on."""
+    shapes = [ops.shape(part) for part in cache]
 
-    def write(row, cache):
-        start = [row, 0, 0, 0]
-        own = ops.slice(new, ops.stack(start), (1, *new.shape[1:]))
-        start[axis] = ops.cast(index[row], "int32")
-        return ops.reshape(ops.slice_update(cache, ops.stack(start), own), ops.shape(cache))
+    def write(row, parts):
+        column = ops.take(index, row)
+        updated = []
+        for part, tokens, shape, start in zip(
+            parts, new, shapes, ([row, 0, 0, column], [row, 0, column, 0]), strict=True
+        ):
+            own = ops.slice(tokens, ops.stack([row, 0, 0, 0]), (1, *tokens.shape[1:]))
+            updated.append(ops.reshape(ops.slice_update(part, ops.stack(start), own), shape))
+        return tuple(updated)
 
-    return ops.fori_loop(0, ops.shape(cache)[0], write, cache)
+    # All rows, but XLA must not know: it would unroll a single row, and then copy the cache.
+    rows = ops.sum(ops.cast(index >= 0, "int32"))
+    return ops.fori_loop(0, rows, write, tuple(cache))
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
@@ -400,20 +424,21 @@ class MultiHeadAttention(keras.layers.Layer):
                 layer.build((None, None, None, self.head_dim))
         self.output_dense.build((None, None, self.num_heads * self.head_dim))
 
-    def _heads(self, x, num_heads):
-        batch, length, _ = ops.shape(x)
-        return ops.reshape(x, (batch, length, num_heads, self.head_dim))
+    def _heads(self, dense, flat, num_heads, length):
+        """Projects vectors `[batch * length, width]` to heads `[batch, length, heads, head_dim]`."""
+        return ops.reshape(dense(flat), (-1, length, num_heads, self.head_dim))
 
-    def _place(self, heads, norm, positions):
+    def _place(self, heads, norm, waves):
         """Normalises queries or keys `[batch, length, heads, head_dim]` and rotates them."""
         if norm is not None:
             heads = norm(heads)
-        return heads if self.rotary is None else self.rotary(heads, positions)
+        return heads if waves is None else self.rotary.rotate(heads, *waves)
 
-    def _keys_and_values(self, x, positions=None):
-        """Projects `x` to keys `[batch, kv_heads, length, head_dim]` and transposed values."""
-        keys = self._place(self._heads(self.key(x), self.num_kv_heads), self.key_norm, positions)
-        values = self._heads(self.value(x), self.num_kv_heads)
+    def _keys_and_values(self, flat, length, waves=None):
+        """Projects vectors to keys `[batch, kv_heads, length, head_dim]` and transposed values."""
+        keys = self._heads(self.key, flat, self.num_kv_heads, length)
+        keys = self._place(keys, self.key_norm, waves)
+        values = self._heads(self.value, flat, self.num_kv_heads, length)
         return ops.transpose(keys, (0, 2, 1, 3)), ops.transpose(values, (0, 2, 3, 1))
 
     def make_cache(self, batch_size: int, length: int):
@@ -443,7 +468,7 @@ class MultiHeadAttention(keras.layers.Layer):
             Keys and transposed values, as `make_cache` lays them out.
         """
         self._require_cross()
-        return self._keys_and_values(memory)
+        return self._keys_and_values(flatten(memory), ops.shape(memory)[1])
 
     def _require_cross(self):
         if self.causal or self.rotary is not None:
@@ -493,7 +518,8 @@ class MultiHeadAttention(keras.layers.Layer):
             )
         if cache_index is not None and cache is None:
             raise ValueError("`cache_index` needs a `cache` to index. Received: cache=None")
-        batch, length, _ = ops.shape(x)
+        length = ops.shape(x)[1]
+        flat = flatten(x)
 
         offsets = ops.arange(length, dtype="int32")
         if cache_index is not None:
@@ -501,29 +527,28 @@ class MultiHeadAttention(keras.layers.Layer):
                 cache_index = ops.cast(cache_index, "int32")
             offsets = ops.expand_dims(cache_index, -1) + offsets
         positions = offsets if positions is None else positions
+        waves = None if self.rotary is None else self.rotary.waves(positions)
 
-        query = self._place(self._heads(self.query(x), self.num_heads), self.query_norm, positions)
+        query = self._heads(self.query, flat, self.num_heads, length)
+        query = self._place(query, self.query_norm, waves)
         if memory is not None:
-            self._require_cross()
-            keys, values = self._keys_and_values(memory)
+            keys, values = self.memory_cache(memory)
         elif cache is not None and cache_index is None:
             self._require_cross()
             keys, values = cache
         else:
-            keys, values = self._keys_and_values(x, positions)
+            keys, values = self._keys_and_values(flat, length, waves)
             if cache is not None:
-                keys = _write(cache[0], keys, cache_index, axis=2)
-                values = _write(cache[1], values, cache_index, axis=3)
+                cache, keys, values = _write_cache(cache, keys, values, cache_index)
 
         # b batch, k key-value heads, g query heads per key-value head, q queries, h head width.
         # The g heads of a group are consecutive, and stacking them along the queries lets one product
         # serve the group without a copy of the keys.
         group = self.num_heads // self.num_kv_heads
         query = query * self.query_scale
-        query = ops.reshape(query, (batch, length, self.num_kv_heads, group, self.head_dim))
+        query = ops.reshape(query, (-1, length, self.num_kv_heads, group, self.head_dim))
         query = ops.transpose(query, (0, 2, 3, 1, 4))  # b k g q h
-        stacked = (batch, self.num_kv_heads, group * length, self.head_dim)
-        query = ops.reshape(query, stacked)
+        query = ops.reshape(query, (-1, self.num_kv_heads, group * length, self.head_dim))
 
         key_length = ops.shape(keys)[2]
         bias = self._bias(offsets, length, key_length, attention_mask, position_bias, group)
@@ -535,11 +560,11 @@ class MultiHeadAttention(keras.layers.Layer):
             lambda weights: self.weight_dropout(weights, training=training),
             self.score_cap,
         )
-        mixed = ops.reshape(mixed, (batch, self.num_heads, length, self.head_dim))
+        mixed = ops.reshape(mixed, (-1, self.num_heads, length, self.head_dim))
         mixed = ops.transpose(mixed, (0, 2, 1, 3))
-        mixed = ops.reshape(mixed, (batch, length, self.num_heads * self.head_dim))
-        output = self.output_dropout(self.output_dense(mixed), training=training)
-        return output if cache_index is None else (output, (keys, values))
+        mixed = self.output_dense(ops.reshape(mixed, (-1, self.num_heads * self.head_dim)))
+        output = self.output_dropout(unflatten(mixed, x), training=training)
+        return output if cache_index is None else (output, cache)
 
     def _bias(self, query_index, length, key_length, attention_mask, position_bias, group):
         """The sum of all that is added to the scores, laid out as the stacked scores are."""
@@ -555,6 +580,8 @@ class MultiHeadAttention(keras.layers.Layer):
         if bias is None or group == 1:
             return bias
         rows, heads, queries, _ = ops.shape(bias)
+        if heads == 1 and isinstance(length, int) and length == 1:
+            return bias  # one row for all heads of all groups
         if heads == 1:  # the same for all heads of a group: repeat it along the stacked queries
             bias = ops.broadcast_to(ops.expand_dims(bias, 2), (rows, 1, group, length, key_length))
             return ops.reshape(bias, (rows, 1, group * length, key_length))

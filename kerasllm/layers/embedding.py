@@ -3,6 +3,9 @@
 import keras
 from keras import ops
 
+from kerasllm.layers.shapes import flatten, unflatten
+from kerasllm.layers.xla import is_traced_for_xla
+
 
 @keras.saving.register_keras_serializable(package="kerasllm")
 class TokenEmbedding(keras.layers.Layer):
@@ -46,5 +49,10 @@ class TokenEmbedding(keras.layers.Layer):
         """
         table = ops.convert_to_tensor(self.embeddings)
         if reverse:
-            return ops.matmul(inputs, ops.transpose(table))
+            flat = flatten(inputs)
+            if is_traced_for_xla():  # where a wide table is multiplied several times faster from the left
+                logits = ops.transpose(ops.matmul(table, ops.transpose(flat)))
+            else:
+                logits = ops.matmul(flat, ops.transpose(table))
+            return unflatten(logits, inputs)
         return ops.take(table, inputs, axis=0)

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from kerasllm.layers.shapes import flatten, unflatten
+
 ACTIVATIONS = {
     "gelu": lambda x: ops.gelu(x, approximate=False),
     "gelu_tanh": lambda x: ops.gelu(x, approximate=True),
@@ -64,10 +66,22 @@ class _FeedForward(keras.layers.Layer):
             setattr(self, name, dense(name, self.intermediate_dim, dim, self.initializer_range))
         self.down = dense("down", dim, self.intermediate_dim, self.output_initializer_range)
 
-    def _leave(self, hidden, training):
-        """From the wide layer back to the stream, with both dropouts."""
-        hidden = self.hidden_dropout_layer(hidden, training=training)
-        return self.output_dropout_layer(self.down(hidden), training=training)
+    def _widen(self, flat):
+        """Vectors `[..., dim]` to those of the layer in the middle."""
+        raise NotImplementedError
+
+    def call(self, x, training: bool = False):
+        """Transforms each position by itself.
+
+        Args:
+            x: Floats `[batch, length, dim]`.
+            training: Whether dropout is on.
+
+        Returns:
+            Floats `[batch, length, dim]`.
+        """
+        hidden = self.hidden_dropout_layer(self._widen(flatten(x)), training=training)
+        return self.output_dropout_layer(unflatten(self.down(hidden), x), training=training)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -92,18 +106,8 @@ class FeedForward(_FeedForward):
     def __init__(self, intermediate_dim: int, activation: str = "gelu", **kwargs):
         super().__init__(intermediate_dim, activation, **kwargs)
 
-    def call(self, x, training: bool = False):
-        """Transforms each position by itself.
-
-        Args:
-            x: Floats `[batch, length, dim]`.
-            training: Whether dropout is on.
-
-        Returns:
-            Floats `[batch, length, dim]`.
-        """
-        hidden = ACTIVATIONS[self.activation](self.up(x))
-        return self._leave(hidden, training)
+    def _widen(self, flat):
+        return ACTIVATIONS[self.activation](self.up(flat))
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
@@ -127,15 +131,5 @@ class GatedFeedForward(_FeedForward):
     def __init__(self, intermediate_dim: int, activation: str = "silu", use_bias: bool = False, **kwargs):
         super().__init__(intermediate_dim, activation, use_bias, **kwargs)
 
-    def call(self, x, training: bool = False):
-        """Transforms each position by itself.
-
-        Args:
-            x: Floats `[batch, length, dim]`.
-            training: Whether dropout is on.
-
-        Returns:
-            Floats `[batch, length, dim]`.
-        """
-        hidden = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
-        return self._leave(hidden, training)
+    def _widen(self, flat):
+        return ACTIVATIONS[self.activation](self.gate(flat)) * self.up(flat)

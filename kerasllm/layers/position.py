@@ -247,13 +247,28 @@ class RotaryEmbedding(keras.layers.Layer):
         Returns:
             Floats of the shape and dtype of `x`.
         """
+        return self.rotate(x, *self.waves(positions))
+
+    def waves(self, positions):
+        """Computes what `rotate` needs, once for queries and keys.
+
+        Args:
+            positions: As in `call`.
+
+        Returns:
+            Cosines and sines `[..., length, 1, rotated / 2]` in float32.
+        """
         angles = _angles(positions, self._frequencies)[..., None, :]
-        cos, sin = self._magnitude * ops.cos(angles), self._magnitude * ops.sin(angles)
+        return self._magnitude * ops.cos(angles), self._magnitude * ops.sin(angles)
+
+    def rotate(self, x, cos, sin):
+        """Rotates heads by waves that are there already; see `call`."""
+        x = ops.cast(x, "float32")
         half = self.rotary_dim // 2
-        first, second, rest = ops.split(ops.cast(x, "float32"), [half, self.rotary_dim], axis=-1)
+        first, second = x[..., :half], x[..., half : self.rotary_dim]
         parts = [first * cos - second * sin, second * cos + first * sin]
         if self.rotary_dim < self.head_dim:
-            parts.append(rest)
+            parts.append(x[..., self.rotary_dim :])
         return ops.cast(ops.concatenate(parts, axis=-1), self.compute_dtype)
 
     def compute_output_shape(self, x_shape, positions_shape):

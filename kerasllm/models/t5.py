@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from kerasllm.layers import DecoderBlock, EncoderBlock, RelativePositionBias, RMSNorm, TokenEmbedding
+from kerasllm.layers.attention import cache_length
 from kerasllm.models.base import (
     SAME,
     TRANSPOSE,
@@ -445,7 +446,7 @@ class T5(LanguageModel):
         self._check_call(token_ids, cache, cache_index)
         if source_ids is not None:
             memory = self.encode(source_ids, memory_mask, training)
-        key_length = ops.shape(token_ids)[1] if cache is None else ops.shape(cache[0][0])[2]
+        key_length = ops.shape(token_ids)[1] if cache is None else cache_length(cache[0])
         position_bias = self.decoder_position_bias(
             self._positions(token_ids, cache_index), key_length=key_length
         )

@@ -1,11 +1,10 @@
 """What one library writes, the other loads: same ids, logits and greedy tokens."""
 
 import json
-import os
-import pathlib
 
 import numpy as np
 import pytest
+from reference.assets import asset
 
 pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch", reason="needs pip install 'kerasllm[reference]'")
@@ -169,10 +168,7 @@ def test_variants(changes, tmp_path):
 @pytest.fixture(scope="module")
 def smollm2():
     pytest.importorskip("accelerate", reason="transformers needs it for GGUF files")
-    path = pathlib.Path(os.environ.get("KERASLLM_CACHE", ""), "smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    if not path.is_file():
-        pytest.skip("needs SmolLM2-135M-Instruct.Q4_1.gguf in $KERASLLM_CACHE/smollm2")
-    return path
+    return asset("smollm2")
 
 
 def test_quantised_smollm2(smollm2):

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from reference.assets import asset
 
 from kerasllm import CausalLM
-from kerasllm.data.assets import asset_path
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return CausalLM.from_pretrained(asset_path("smollm2"))
+    return CausalLM.from_pretrained(asset("smollm2"))
 
 
 @pytest.mark.reference

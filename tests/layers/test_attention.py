@@ -1,4 +1,3 @@
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -17,7 +16,8 @@ from kerasllm.layers import (
     SelfAttention,
     SimplifiedSelfAttention,
 )
-from kerasllm.layers.attention import causal_bias, dot_product_attention, updates_in_place
+from kerasllm.layers.attention import causal_bias, dot_product_attention, swap_cache_layout
+from kerasllm.layers.xla import traced_for_xla
 
 X = normal(2, 5, 12)
 MEMORY = normal(2, 7, 10, seed=2)
@@ -390,13 +390,16 @@ class TestCache:
             whole = np.concatenate([X[row : row + 1, :length], new[row : row + 1]], axis=1)
             assert_close(outputs[row : row + 1], expected(layer, whole)[:, -1:])
 
-    @pytest.mark.parametrize("mode", ["eager", "graph", "XLA", "XLA in place"])
+    @pytest.mark.parametrize("mode", ["eager", "graph", "XLA", "traced for XLA"])
     def test_several_tokens_per_row(self, mode):
         layer = build(causal=True, rotary_wavelength=50.0, sliding_window=4)
 
-        def call(*arguments, **named):
-            with updates_in_place() if mode == "XLA in place" else contextlib.nullcontext():
-                return layer(*arguments, **named)
+        def call(x, cache, cache_index):
+            if mode != "traced for XLA":
+                return layer(x, cache=cache, cache_index=cache_index)
+            with traced_for_xla():
+                outputs, cache = layer(x, cache=swap_cache_layout(cache), cache_index=cache_index)
+            return outputs, swap_cache_layout(cache)
 
         if mode != "eager":
             call = tf.function(call, jit_compile=mode != "graph", autograph=False)

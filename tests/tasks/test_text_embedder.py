@@ -1,9 +1,8 @@
 import json
-import os
-import pathlib
 
 import numpy as np
 import pytest
+from reference.assets import asset
 from reference.checks import assert_close, to_numpy
 from reference.weights import randomize
 from reference.word_piece import make_word_piece
@@ -208,9 +207,7 @@ class TestSentenceTransformers:
     @pytest.mark.slow
     def test_minilm(self):
         sentence_transformers = pytest.importorskip("sentence_transformers")
-        folder = pathlib.Path(os.environ.get("KERASLLM_CACHE", ""), "minilm")
-        if not (folder / "model.safetensors").is_file():
-            pytest.skip("needs all-MiniLM-L6-v2 in $KERASLLM_CACHE/minilm")
+        folder = asset("minilm")
         texts = [
             "A cat sat on the mat.",
             "There is a kitten on the rug!",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tokenizers
+from reference.assets import asset
 from reference.tokenizer_corpora import CORPORA, differences, take
 from reference.tokenizer_kinds import BYTE_LEVEL_KINDS, train_byte_level
 from reference.tokenizer_texts import random_texts, reference_of
@@ -173,6 +174,8 @@ def test_dense_ids_may_be_padded(tokenizer):
 @pytest.mark.parametrize("kind", BYTE_LEVEL_KINDS)
 def test_corpora(kind):
     """A vocabulary of each kind on a megabyte of each corpus; tools/benchmark_tokenizers has more."""
+    for name in ("moby", "sotu", "spam"):
+        asset(name)
     texts = [text.decode() for text in take(CORPORA["moby"](), 1_000_000)]
     reference = train_byte_level(kind, texts, 8000)
     tokenizer = Tokenizer.from_json(reference.to_str())

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import tokenizers
+from reference.assets import asset
 from reference.tokenizer_kinds import train_byte_level
 
-from kerasllm.data.assets import asset_path
 from kerasllm.tokenizers import Tokenizer
 
 TEXTS = ["hello lower x", "it's <s>5</s>", " a\n\n b", "e\u0301 é"]
@@ -112,16 +112,9 @@ def test_folders_without_a_tokenizer_or_with_a_damaged_one(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
-def gpt2_files():
-    try:
-        return asset_path("gpt2-vocab")
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.slow
 def test_the_real_gpt2():
-    tokenizer = Tokenizer.from_folder(gpt2_files())
+    tokenizer = Tokenizer.from_folder(asset("gpt2-vocab"))
     assert tokenizer.vocabulary_size == 50257 and tokenizer.eos_id == 50256
     assert tokenizer.encode("Hello world, naïve café 🙂") == [
         *(15496, 995, 11, 41492, 28426, 40304),

@@ -7,6 +7,7 @@ import random
 import pytest
 import sentencepiece
 import tokenizers
+from reference.assets import asset
 from reference.tokenizer_checks import (
     assert_same_ids,
     assert_same_in_graphs,
@@ -22,7 +23,6 @@ from reference.tokenizer_texts import (
 )
 from sentencepiece import sentencepiece_model_pb2
 
-from kerasllm.data.assets import asset_path
 from kerasllm.tokenizers import SentencePieceBPETokenizer, Tokenizer, UnigramTokenizer
 from kerasllm.tokenizers.merging import live_merges
 from kerasllm.tokenizers.unigram import _float_of_serde
@@ -326,13 +326,13 @@ def test_some_byte_tokens_missing(models_trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_real_texts(kind, tmp_path):
-    corpora = [asset_path(name).read_text(encoding="utf-8") for name in ("moby", "botchan", "sotu")]
+    corpora = [asset(name).read_text(encoding="utf-8") for name in ("moby", "botchan", "sotu")]
     lines = [line for text in corpora[:2] for line in text.split("\n")]
     rule = {"bpe": "identity", "unigram": "nmt_nfkc"}[kind]
     save(tmp_path, trained_model(kind, lines, vocab_size=8000, normalization_rule_name=rule))
     tokenizer = Tokenizer.from_folder(tmp_path)
     paragraphs = [paragraph for text in corpora for paragraph in text.split("\n\n")]
-    mails = asset_path("spam").read_text(encoding="utf-8").splitlines()
+    mails = asset("spam").read_text(encoding="utf-8").splitlines()
     for texts in (paragraphs, mails):
         ids = assert_same_ids(tokenizer, texts)
         assert tokenizer.decode(ids[:200]) == reference_for(tokenizer).decode_batch(ids[:200])

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tokenizers
+from reference.assets import asset
 from reference.tokenizer_checks import assert_same_ids, assert_same_in_graphs, assert_same_texts
 from reference.tokenizer_texts import (
     INVALID_BYTES,
@@ -17,7 +18,6 @@ from reference.tokenizer_texts import (
 )
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from kerasllm.data.assets import asset_path
 from kerasllm.tokenizers import Tokenizer, WordPieceTokenizer
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -193,9 +193,9 @@ def test_tables_are_up_to_date(pytestconfig):
 
 @pytest.mark.slow
 def test_real_vocabulary_on_real_texts():
-    tokenizer = Tokenizer.from_folder(asset_path("minilm"))
-    texts = [asset_path(name).read_text(encoding="utf-8") for name in ("moby", "sotu", "botchan")]
-    mails = asset_path("spam").read_text(encoding="utf-8").splitlines()
+    tokenizer = Tokenizer.from_folder(asset("minilm"))
+    texts = [asset(name).read_text(encoding="utf-8") for name in ("moby", "sotu", "botchan")]
+    mails = asset("spam").read_text(encoding="utf-8").splitlines()
     paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]
     assert_same_ids(tokenizer, paragraphs)
     assert_same_ids(tokenizer, mails)
