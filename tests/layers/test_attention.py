@@ -16,7 +16,12 @@ from kerasllm.layers import (
     SelfAttention,
     SimplifiedSelfAttention,
 )
-from kerasllm.layers.attention import causal_bias, dot_product_attention, swap_cache_layout
+from kerasllm.layers.attention import (
+    cache_length,
+    causal_bias,
+    dot_product_attention,
+    swap_cache_layout,
+)
 from kerasllm.layers.xla import traced_for_xla
 
 X = normal(2, 5, 12)
@@ -355,6 +360,19 @@ class TestCache:
             outputs, cache = layer(X[:, step : step + 1], cache=cache, cache_index=index)
             assert_close(outputs, right[:, step : step + 1])
             assert [part.shape for part in cache] == [(2, num_kv_heads, 9, 4), (2, num_kv_heads, 4, 9)]
+
+    @pytest.mark.parametrize("form", INDEX_FORMS)
+    def test_traced_for_xla(self, form):
+        """The layer with the other cache layout; `test_compiled_by_xla` has the compiled model."""
+        layer = build(causal=True, rotary_wavelength=50.0, sliding_window=3)
+        right, cache = expected(layer, X), swap_cache_layout(used_cache(layer, self.LENGTH))
+        with traced_for_xla():
+            assert cache_length(cache) == self.LENGTH
+            for step in range(5):
+                index = INDEX_FORMS[form](step)
+                outputs, cache = layer(X[:, step : step + 1], cache=cache, cache_index=index)
+                assert_close(outputs, right[:, step : step + 1])
+        assert cache_length(swap_cache_layout(cache)) == self.LENGTH
 
     @pytest.mark.parametrize("form", ["int", "scalar"])
     def test_several_tokens_in_the_middle(self, form):
