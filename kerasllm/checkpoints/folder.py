@@ -84,7 +84,7 @@ def save_folder(
     config = {
         "bos_token_id": None if tokenizer is None else tokenizer.bos_id,
         "eos_token_id": None if tokenizer is None else tokenizer.eos_id,
-        "pad_token_id": _pad_id(tokenizer),
+        "pad_token_id": _pad_id(tokenizer, model),
         "dtype": model.dtype_policy.variable_dtype,
         **model.huggingface_config(),
     }
@@ -100,10 +100,10 @@ def save_folder(
     return pathlib.Path(folder)
 
 
-def _pad_id(tokenizer: Tokenizer | None) -> int | None:
-    """The id that fills rows up; transformers classifies no batch without one."""
+def _pad_id(tokenizer: Tokenizer | None, model: LanguageModel) -> int | None:
+    """The id that fills rows up; transformers classifies no batch and shifts no labels without one."""
     if tokenizer is None:
-        return None
+        return getattr(model.config, "decoder_start_id", None)
     return tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
 
 
