@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     model_argument(command)
     command.add_argument("prompts", nargs="+", metavar="PROMPT")
     _add_generation_options(command)
+    command.add_argument("--num-beams", type=int, help="beams of a beam search")
     command.add_argument("-n", type=int, default=1, help="results per prompt (default: %(default)s)")
     command.add_argument("--stream", action="store_true", help="print one prompt's text as it is made")
     command.add_argument("--json-schema", metavar="FILE", help="the result fits this JSON schema")
@@ -182,7 +183,6 @@ _GENERATION_OPTIONS = (
     ("presence_penalty", float, "taken off the score of each token that was there"),
     ("frequency_penalty", float, "taken off for each time it was there"),
     ("no_repeat_ngram_size", int, "no sequence of so many tokens twice"),
-    ("num_beams", int, "beams of a beam search"),
     ("seed", int, "start of the random numbers"),
 )
 
@@ -298,8 +298,16 @@ def _fill_mask(arguments) -> int:
 
 def _convert(arguments) -> int:
     from kerasllm.checkpoints import convert
+    from kerasllm.checkpoints.hub import download
+    from kerasllm.tasks import TextEmbedder
 
-    print(f"written: {convert(arguments.source, arguments.path, arguments.dtype)}")
+    path = pathlib.Path(arguments.source)
+    path = path if path.exists() else download(arguments.source)
+    if (path / "modules.json").is_file():  # of sentence-transformers: with its pooling and prompts
+        written = TextEmbedder.from_pretrained(path, arguments.dtype).save_pretrained(arguments.path)
+    else:
+        written = convert(path, arguments.path, arguments.dtype)
+    print(f"written: {written}")
     return 0
 
 

@@ -80,7 +80,7 @@ def run_chat(
         messages.append({"role": "user", "content": line})
         answer = ""
         try:
-            for piece in model.chat(messages, stream=True, **settings):
+            for piece in model.chat(messages, stream=True, **{**settings, "num_beams": 1}):
                 write(piece)
                 answer += piece
         except KeyboardInterrupt:

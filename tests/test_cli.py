@@ -15,7 +15,18 @@ import tensorflow as tf
 from reference.weights import randomize
 from reference.word_piece import make_word_piece
 
-from kerasllm import Bert, BertConfig, CausalLM, MaskedLM, SequenceClassifier, pipeline
+from kerasllm import (
+    GPT2,
+    Bert,
+    BertConfig,
+    CausalLM,
+    GPT2Config,
+    MaskedLM,
+    SequenceClassifier,
+    TextEmbedder,
+    pipeline,
+)
+from kerasllm.checkpoints import convert
 from kerasllm.cli import main
 
 
@@ -127,7 +138,29 @@ def test_convert(folder, causal_lm, tmp_path, capsys):
         np.testing.assert_array_equal(mine, tf.cast(tf.cast(theirs, "bfloat16"), "float32"))
 
 
+def test_convert_keeps_what_an_embedder_is(tokenizer, tmp_path, capsys):
+    config = GPT2Config(vocabulary_size=400, context_length=16, num_layers=1, num_heads=2, dim=8)
+    embedder = TextEmbedder(GPT2(config, head=None), tokenizer, "last", normalize=True, max_length=9)
+    embedder.save_pretrained(tmp_path / "old")
+    assert main(["convert", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
+    assert str(tmp_path / "new") in capsys.readouterr().out
+    new = TextEmbedder.from_pretrained(tmp_path / "new")
+    assert (new.pooling, new.normalize, new.max_length) == ("last", True, 9)
+    with pytest.raises(ValueError, match="more than its checkpoint"):
+        convert(tmp_path / "old", tmp_path / "other")
+
+
+def test_a_file_of_another_task(tokenizer, tmp_path, capsys):
+    config = GPT2Config(vocabulary_size=400, context_length=16, num_layers=1, num_heads=2, dim=8)
+    path = tmp_path / "embedder.keras"
+    TextEmbedder(GPT2(config, head=None), tokenizer).save(path)
+    assert main(["generate", str(path), "hi"]) == 1
+    assert "must hold a task for text-generation" in capsys.readouterr().err
+
+
 def test_pipeline_says_what_it_needs(causal_lm):
+    with pytest.raises(ValueError, match="`dtype` is for a model to load"):
+        pipeline("text-generation", causal_lm, dtype="bfloat16")
     assert pipeline("text-generation", causal_lm) == causal_lm.generate
     with pytest.raises(ValueError, match="'fill-mask' needs a MaskedLM. Received: a CausalLM"):
         pipeline("fill-mask", causal_lm)

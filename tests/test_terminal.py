@@ -39,7 +39,7 @@ def test_the_conversation_grows():
         ("assistant", "4: two"),
     ]
     assert written == "2: one\n4: two\n"
-    assert [settings for _, settings in model.calls] == [{"top_k": 3}] * 2
+    assert [settings for _, settings in model.calls] == [{"top_k": 3, "num_beams": 1}] * 2
     assert contents(model.calls[0][0]) == [("system", "be brief"), ("user", "one")]
 
 

@@ -66,5 +66,11 @@ def convert(source: str | os.PathLike, folder: str | os.PathLike, dtype: str | N
     Raises:
         FileNotFoundError, ValueError: As in `load_checkpoint`.
     """
-    checkpoint = load_checkpoint(source, dtype=dtype)
+    path = pathlib.Path(source) if pathlib.Path(source).exists() else download(str(source))
+    if (path / "modules.json").is_file():
+        raise ValueError(
+            "A model of sentence-transformers is more than its checkpoint: convert it with "
+            f"TextEmbedder.from_pretrained(…).save_pretrained(…). Received: {source}"
+        )
+    checkpoint = load_checkpoint(path, dtype=dtype)
     return save_folder(folder, checkpoint.model, checkpoint.tokenizer, checkpoint.generation or None)

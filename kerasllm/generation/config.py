@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -141,17 +142,16 @@ class GenerationConfig:
             self._put("eos_token_id", _tuple_of(int, "eos_token_id", self.eos_token_id))
         for name, (rule, holds) in _RULES.items():
             value, kind = getattr(self, name), type(getattr(type(self), name))
-            if kind is int and not _is_integer(value):
-                raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}")
+            if kind is int:
+                self._put(name, value := _integer(name, value))
             try:
                 valid = bool(holds(value))
             except TypeError:
                 valid = False
             if not valid:
                 raise ValueError(f"`{name}` {rule}. Received: {name}={value!r}")
-        if not _is_integer(self.seed) or not -(2**31) <= self.seed < 2**31:
-            raise ValueError(f"`seed` must be an integer of 32 bits. Received: seed={self.seed!r}")
-        if self.early_stopping not in (True, False, "never"):
+        self._put("seed", _integer("seed", self.seed))
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise ValueError(
                 f'`early_stopping` must be True, False or "never". Received: {self.early_stopping!r}'
             )
@@ -282,8 +282,15 @@ class GenerationConfig:
         return cls(**known)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _integer(name: str, value: Any) -> int:
+    """A whole number of any kind, NumPy's too, as the tensors hold them."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not -(2**31) <= number < 2**31:
+        raise ValueError(f"`{name}` must be an integer of 32 bits. Received: {name}={value!r}")
+    return number
 
 
 def _tuple_of(kind: type, name: str, values: Any) -> tuple:

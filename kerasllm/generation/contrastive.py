@@ -6,6 +6,7 @@ Su et al., "A Contrastive Framework for Neural Text Generation" (2022).
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from kerasllm.generation.decoding import DecodeState, append, first_state, pad_to
@@ -96,6 +97,7 @@ def decode_contrastive(
         in_text = tf.range(length)[None] < state.lengths[:, None]
         similarity = tf.reduce_max(tf.where(in_text[:, None], cosines, -1.0), axis=-1)
         values = (1.0 - penalty_alpha) * probabilities - penalty_alpha * similarity
+        values = tf.where(probabilities > 0, values, -np.inf)  # what may not come, be it ever so new
         best = tf.argmax(values, axis=-1, output_type=tf.int32)
         flat = tf.range(batch) * count + best
         here = (tf.range(length)[None] == index[:, None])[:, :, None]

@@ -14,7 +14,7 @@ from kerasllm.generation.contrastive import decode_contrastive, prefill_contrast
 from kerasllm.generation.decoding import DecodeState, append_token, decode, pad_to, prefill
 from kerasllm.generation.processors import RowSettings, settings_arrays
 from kerasllm.generation.sampling import uniform_numbers
-from kerasllm.generation.speculative import decode_with_guesses
+from kerasllm.generation.speculative import decode_with_guesses, draft_tokens
 from kerasllm.layers.attention import swap_cache_layout
 from kerasllm.layers.xla import traced_for_xla
 from kerasllm.models import LanguageModel
@@ -331,7 +331,7 @@ class Batch:
         if arrays.longest + guesses > min(contexts):
             guesses = 0  # the context has no room for them, and they change no result
         if not guesses:
-            draft = None
+            draft, contexts = None, contexts[:1]
         room = arrays.longest + guesses
         extra = dict(extra or {})
 
@@ -343,7 +343,8 @@ class Batch:
                 return fill_up_state(state, size, engine.jit_compile), uniform, fill_up_rows(extra, size)
             logits, state = prefill(model, prompts, lengths, length, num_log_probabilities, extra)
             if draft is not None:
-                state = state._replace(draft_cache=prefill(draft, prompts, lengths, length)[1].cache)
+                known = draft_tokens(draft, prompts)
+                state = state._replace(draft_cache=prefill(draft, known, lengths, length)[1].cache)
             state = fill_up_state(state, size, engine.jit_compile)
             state = append_token(state, fill_up_rows(logits, size), settings, uniform)
             return state, uniform, fill_up_rows(extra, size)

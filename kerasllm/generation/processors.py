@@ -84,6 +84,11 @@ def settings_arrays(
         dtype = np.float32 if isinstance(default, float) else np.int32
         return np.array([getattr(config, name) for config in configs], dtype)
 
+    if outside := sorted({id for ids in end_ids for id in ids if id >= vocabulary_size}):
+        raise ValueError(
+            f"Tokens that end a text must be tokens of the model, which are {vocabulary_size}. "
+            f"Received: {outside}"
+        )
     width = max(map(len, end_ids), default=0)
     settings = RowSettings(
         max_new_tokens=column("max_new_tokens"),

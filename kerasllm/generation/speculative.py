@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from kerasllm.generation.decoding import DecodeState, append_token, last_tokens
 from kerasllm.generation.processors import RowSettings
+from kerasllm.generation.sampling import FORBIDDEN
 from kerasllm.models import LanguageModel
 
 # Prompt lookup compares so many last tokens with the text before; where they do not occur, fewer.
@@ -49,6 +50,18 @@ def look_up(state: DecodeState, count: int) -> tf.Tensor:
     return tf.gather(sequences, ahead, batch_dims=1)
 
 
+def draft_tokens(draft: LanguageModel, tokens: tf.Tensor) -> tf.Tensor:
+    """Token ids as a draft model may see them: its table may be shorter than that of the large model."""
+    return tf.minimum(tokens, draft.config.vocabulary_size - 1)
+
+
+def _draft_logits(logits: tf.Tensor, vocabulary_size: int) -> tf.Tensor:
+    """Logits of as many tokens as the large model has; tables of one tokenizer are padded unequally."""
+    missing = max(vocabulary_size - logits.shape[-1], 0)
+    logits = tf.cast(logits, tf.float32)[:, :vocabulary_size]
+    return tf.pad(logits, [[0, 0], [0, missing]], constant_values=FORBIDDEN)
+
+
 def ask_draft_model(
     draft: LanguageModel,
     cache: Any,
@@ -56,16 +69,18 @@ def ask_draft_model(
     settings: RowSettings,
     uniform: tf.Tensor,
     count: int,
+    vocabulary_size: int,
 ) -> tuple[tf.Tensor, Any]:
     """Guesses what a smaller model would say, with the settings and random numbers of the large one.
 
     Args:
-        draft: The smaller model, of the same vocabulary.
+        draft: The smaller model, of the same tokenizer.
         cache: Its key-value cache.
         state: The state of the large model.
         settings: The settings.
         uniform: As in `append_token`.
         count: Tokens to guess.
+        vocabulary_size: Number of tokens of the large model.
 
     Returns:
         Int32 `[batch, count]`, and the cache.
@@ -84,8 +99,10 @@ def ask_draft_model(
     everyone = tf.ones_like(state.active)
 
     def step(number, ahead):
-        logits, cache = draft(last_tokens(ahead), cache=ahead.cache, cache_index=ahead.lengths - 1)
-        ahead = append_token(ahead._replace(cache=cache), logits[:, 0], settings, uniform, everyone)
+        tokens = draft_tokens(draft, last_tokens(ahead))
+        logits, cache = draft(tokens, cache=ahead.cache, cache_index=ahead.lengths - 1)
+        logits = _draft_logits(logits[:, 0], vocabulary_size)
+        ahead = append_token(ahead._replace(cache=cache), logits, settings, uniform, everyone)
         return number + 1, ahead
 
     # Once more than there are guesses, for the last one must be in the cache as well.
@@ -160,7 +177,9 @@ def decode_with_guesses(
         if draft is None:
             guesses = look_up(state, count)
         else:
-            guesses, cache = ask_draft_model(draft, state.draft_cache, state, settings, uniform, count)
+            guesses, cache = ask_draft_model(
+                draft, state.draft_cache, state, settings, uniform, count, model.config.vocabulary_size
+            )
             state = state._replace(draft_cache=cache)
         return number + 1, check_guesses(model, state, guesses, settings, uniform, extra)
 

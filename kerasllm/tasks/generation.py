@@ -188,7 +188,7 @@ class GeneratingTask(Task):
             logprobs=logprobs,
             stream=stream,
             extra=self._extra([row for row in ids for _ in range(n)]),
-            draft=self._draft(assistant_model),
+            draft=self._draft(assistant_model, any(c.prompt_lookup_num_tokens for c in configs)),
         )
 
     # What a kind of task may change
@@ -217,9 +217,14 @@ class GeneratingTask(Task):
 
     # The parts of a call
 
-    def _draft(self, assistant_model: Task | None) -> LanguageModel | None:
+    def _draft(self, assistant_model: Task | None, prompt_lookup: bool) -> LanguageModel | None:
         if assistant_model is None:
             return None
+        if prompt_lookup:
+            raise ValueError(
+                "Guesses come from an `assistant_model` or from the text. Received both: "
+                "prompt_lookup_num_tokens is not 0"
+            )
         own, other = self._require_tokenizer(), assistant_model._require_tokenizer()
         if own is not other and not _same_tokens(own, other):
             raise ValueError(
@@ -242,13 +247,22 @@ class GeneratingTask(Task):
         if max_new_tokens is not None:
             given["max_new_tokens"] = max_new_tokens
         seeds = given.pop("seed", self.generation_config.seed)
+        config = dataclasses.replace(self.generation_config, **given)
+        if config.temperature == 0 and config.penalty_alpha == 0 and "temperature" not in given:
+            neutral = GenerationConfig()
+            names = [name for name in ("top_k", "top_p", "min_p", "typical_p") if name in given]
+            if idle := {name: given[name] for name in names if given[name] != getattr(neutral, name)}:
+                raise ValueError(
+                    "These choose among tokens that are drawn, which needs a `temperature` above 0. "
+                    f"Received: {idle}, temperature=0"
+                )
         seeds = list(seeds) if isinstance(seeds, (list, tuple)) else [seeds] * count
         if len(seeds) != count:
             raise ValueError(
                 f"`seed` must be one number, or one for each prompt. Received: {len(seeds)} seeds, "
                 f"{count} prompts"
             )
-        return [dataclasses.replace(self.generation_config, **given, seed=seed) for seed in seeds]
+        return [dataclasses.replace(config, seed=seed) for seed in seeds]
 
     def _fit(self, config: GenerationConfig, start: list[int], max_new_tokens) -> GenerationConfig:
         """Lowers a `max_new_tokens` that the caller did not choose to what the context has room for."""

@@ -45,6 +45,8 @@ def pipeline(task: str, model: str | os.PathLike | Task, dtype: str | None = Non
     """
     if task not in PIPELINES:
         raise ValueError(f"`task` must be one of {sorted(PIPELINES)}. Received: {task!r}")
+    if isinstance(model, Task) and dtype is not None:
+        raise ValueError(f"`dtype` is for a model to load; this one is loaded. Received: dtype={dtype!r}")
     kind, method = PIPELINES[task]
     loaded = model if isinstance(model, Task) else load_task(model, [task], dtype)
     if not isinstance(loaded, kind):
@@ -70,7 +72,12 @@ def load_task(source: str | os.PathLike, tasks: Sequence[str], dtype: str | None
     if len(kinds) == 1:
         return kinds[0].load(source, dtype)
     if str(source).endswith(".keras"):
-        return Task.load(source, dtype)
+        loaded = Task.load(source, dtype)
+        if not isinstance(loaded, tuple(kinds)):
+            raise ValueError(
+                f"{source} must hold a task for {' or '.join(tasks)}. Received: {type(loaded).__name__}"
+            )
+        return loaded
     checkpoint = load_checkpoint(source, dtype=dtype)
     for kind in kinds:
         if checkpoint.model.head == kind.head:

@@ -6,6 +6,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kerasllm.checkpoints import Checkpoint
+from kerasllm.generation import GenerationConfig
+from kerasllm.models import LanguageModel
+from kerasllm.tasks.base import Task
 from kerasllm.tasks.generation import GeneratingTask
 from kerasllm.training import TokenWeightedTraining
 
@@ -134,6 +138,30 @@ class Seq2SeqLM(TokenWeightedTraining, GeneratingTask):
             )
 
     # Generation
+
+    @classmethod
+    def _from_checkpoint(cls, checkpoint: Checkpoint) -> "Seq2SeqLM":
+        settings = dict(checkpoint.generation)
+        if length := settings.pop("min_length", None):  # it counts the token that starts the target
+            settings.setdefault("min_new_tokens", max(length - 1, 0))
+        return super()._from_checkpoint(checkpoint._replace(generation=settings))
+
+    def _configs(self, count: int, max_new_tokens, settings) -> list[GenerationConfig]:
+        configs = super()._configs(count, max_new_tokens, settings)
+        if any(config.penalty_alpha > 0 for config in configs):
+            raise ValueError(
+                "Contrastive search is for models that continue a text. Received: penalty_alpha="
+                f"{configs[0].penalty_alpha} for a {type(self).__name__}"
+            )
+        return configs
+
+    def _draft(self, assistant_model: Task | None, prompt_lookup: bool) -> LanguageModel | None:
+        if assistant_model is not None:
+            raise ValueError(
+                "`assistant_model` is for models that continue a text; an encoder-decoder can look guesses "
+                "up with `prompt_lookup_num_tokens`. Received both a draft and a source."
+            )
+        return None
 
     def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         # With the end token that the encoder is used to.

@@ -139,9 +139,10 @@ class TextEmbedder(TextTask):
             texts = [self.prompts[name] + text for text in texts]
         rows = self._encode(texts, self.max_length if max_length is None else max_length)
         vectors = np.zeros((len(rows), self.model.config.dim), "float32")
-        if "vectors" not in self._functions:
-            self._functions["vectors"] = self._graph(self)
-        for number, vector in self._run(self._functions["vectors"], rows, batch_size):
+        key = ("vectors", self.pooling, self.normalize)
+        if key not in self._functions:
+            self._functions[key] = self._graph(self)
+        for number, vector in self._run(self._functions[key], rows, batch_size):
             vectors[number] = vector
         return vectors[0] if single else vectors
 

@@ -106,4 +106,4 @@ def test_equals_transformers(tiny, settings, tmp_path):
         np.testing.assert_allclose([beam.score for beam in beams], scores, atol=2e-4)
         for beam, text in zip(beams, outputs.sequences[:, len(prompt) :].tolist(), strict=True):
             ends = [place for place, token in enumerate(text) if token in END_IDS]
-            assert beam.token_ids == text[: ends[0]] if ends else text
+            assert beam.token_ids == (text[: ends[0]] if ends else text)

@@ -33,12 +33,21 @@ def contrastive_search(model, row):
         values = [
             (1 - alpha) * probabilities[token] - alpha * (hidden @ states([*text, token])[1][-1]).max()
             for token in candidates
+            if probabilities[token] > 0
         ]
         token = int(candidates[int(np.argmax(values))])
         if token in row.end_ids:
             break
         text.append(token)
     return text[len(row.prompt) :]
+
+
+def test_what_may_not_come_is_never_new_enough(tiny):
+    allowed = (11, 12, 13)
+    forbidden = [token for token in range(60) if token not in allowed]
+    batch = Engine(tiny).start(rows_of(top_k=8, penalty_alpha=0.95, suppress_tokens=forbidden))
+    batch.advance(100)
+    assert {token for row in range(3) for token in batch.new_ids(row)} <= set(allowed)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from reference import generation as reference
+from reference.weights import randomize
 
 from kerasllm import GenerationConfig
 from kerasllm.generation import Engine, Row
 from kerasllm.generation.engine import bucket
 from kerasllm.generation.sampling import uniform_numbers
+from kerasllm.models import Llama, LlamaConfig
 
 END_IDS = (7, 11)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3], [1, 2, 3, 1, 2, 3, 1, 2]]
@@ -87,6 +89,19 @@ def test_only_what_is_used_is_in_the_graph(engine):
 def test_compiled_by_xla(tiny, wanted):
     engine = Engine(tiny, jit_compile=True)
     assert generate(engine, rows_of(SETTINGS)) == wanted
+
+
+def test_shared_heads_and_windows_compiled_by_xla():
+    """There the cache has another layout, which `tiny` with its equal heads does not put to the test."""
+    config = LlamaConfig(
+        vocabulary_size=60, context_length=48, num_layers=2, num_heads=8, num_kv_heads=2, dim=24,
+        head_dim=6, intermediate_dim=16, qk_norm=True, score_cap=5.0, sliding_window=5,
+        window_layers=(True, False),
+    )  # fmt: skip
+    model = randomize(Llama(config), seed=3)
+    rows = rows_of([{}, {"temperature": 1.0, "seed": 1}])
+    forward = tf.function(model, input_signature=[tf.TensorSpec([None, None], tf.int32)], autograph=False)
+    assert generate(Engine(model, jit_compile=True), rows) == [expected(forward, row) for row in rows]
 
 
 def test_copies_draw_unlike_tokens(engine, forward):

@@ -1,13 +1,17 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from reference import generation as reference
+from reference.weights import randomize
 
 from kerasllm import GPT2, GenerationConfig
 from kerasllm.generation import Row
 from kerasllm.generation.decoding import DecodeState
 from kerasllm.generation.speculative import look_up
 
+VOCABULARY = 60
 END_IDS = (7,)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [8], [1, 2, 3, 1, 2, 3, 1, 2]]
 SETTINGS = [
@@ -87,6 +91,15 @@ def test_at_the_end_of_the_context(engine, draft):
         config = GenerationConfig(max_new_tokens=new_tokens, num_assistant_tokens=3)
         rows = [Row([4] * 8, config), Row([3], GenerationConfig(max_new_tokens=2, num_assistant_tokens=3))]
         assert run(engine, rows, draft=draft)[0] == run(engine, rows)[0]
+
+
+def test_a_draft_of_another_size(engine, tiny):
+    """A shorter context, and a vocabulary that is filled up otherwise."""
+    rows = rows_of(SETTINGS[1], num_assistant_tokens=3)
+    wanted = run(engine, rows)[0]
+    for vocabulary, context in ((VOCABULARY, 12), (VOCABULARY + 9, 48), (VOCABULARY - 20, 48)):
+        config = dataclasses.replace(tiny.config, vocabulary_size=vocabulary, context_length=context)
+        assert run(engine, rows, draft=randomize(GPT2(config)))[0] == wanted
 
 
 def test_draws_keep_the_distribution(engine, forward, draft):

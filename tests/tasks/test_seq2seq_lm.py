@@ -1,3 +1,5 @@
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ import tensorflow as tf
 from reference.weights import randomize
 
 from kerasllm import GenerationConfig
+from kerasllm.generation import Engine
 from kerasllm.models import T5, T5Config
 from kerasllm.tasks import Seq2SeqLM
 
@@ -83,6 +86,32 @@ def test_learns_pairs_and_saves_them(tokenizer, tmp_path):
     for path in ("model.keras", "folder"):
         loaded = Seq2SeqLM.load(tmp_path / path)
         assert loaded.generate([source for source, _ in pairs]) == texts
+
+
+def test_what_an_encoder_decoder_does_not_do(model):
+    with pytest.raises(ValueError, match="Contrastive search is for models that continue"):
+        model.generate("a", penalty_alpha=0.6, top_k=4)
+    with pytest.raises(ValueError, match="`assistant_model` is for models that continue"):
+        model.generate("a", assistant_model=model)
+
+
+def test_min_length_of_a_checkpoint(model, tmp_path):
+    """It counts the token that starts the target."""
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "min_length": 30, "max_new_tokens": 60}))
+    assert Seq2SeqLM.from_pretrained(tmp_path).generation_config.min_new_tokens == 29
+
+
+@pytest.mark.parametrize("num_beams", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_compiled_by_xla(model, num_beams):
+    """As models are that are large enough for it: with the other layout of the cache."""
+    prompts = [[5, 6, 7, 8], [9, 3], [4] * 40]
+    wanted = model.generate_tokens(prompts, 10, num_beams=num_beams)
+    compiled = Seq2SeqLM(model.model)
+    compiled._engine = Engine(model.model, jit_compile=True)
+    found = compiled.generate_tokens(prompts, 10, num_beams=num_beams, eos_token_id=model.tokenizer.eos_id)
+    assert [row.token_ids for row in found] == [row.token_ids for row in wanted]
 
 
 def test_bad_pairs_and_lengths(model):
