@@ -83,8 +83,14 @@ def replaced_folder(path: str | os.PathLike, is_replaced: Callable[[str], bool])
 
     Yields:
         The temporary folder to write into.
+
+    Raises:
+        ValueError: If `path` is a file, a mount point, or the current working directory or one of its
+            parents: none of them can be swapped for a folder.
     """
-    path = pathlib.Path(path)
+    # Of a link, the folder that it leads to is replaced and the link stays.
+    path = pathlib.Path(path).resolve()
+    _check_can_be_swapped(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / _temporary_name(path)
     temporary.mkdir()
@@ -102,6 +108,36 @@ def replaced_folder(path: str | os.PathLike, is_replaced: Callable[[str], bool])
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_can_be_swapped(path: pathlib.Path) -> None:
+    """Known before the first byte is written, not after the last."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"What is written must be a folder, and no file be there. Received: {path}")
+    try:
+        here = pathlib.Path.cwd()
+    except FileNotFoundError:  # It was deleted, which hinders nobody.
+        here = None
+    # Whoever works in it would go on in the folder that is then deleted.
+    if here is not None and here.is_relative_to(path):
+        raise ValueError(
+            "A folder that is replaced whole must not be the current working directory or a parent of it; "
+            f"choose a folder inside. Received: {path}"
+        )
+    if _is_mount_point(path):
+        raise ValueError(
+            "A folder that is replaced whole must not be a mount point; choose a folder inside. "
+            f"Received: {path}"
+        )
+
+
+def _is_mount_point(path: pathlib.Path) -> bool:
+    if os.path.ismount(path):
+        return True
+    # Linux shows only here that a folder of the same disk is mounted.
+    mounts = pathlib.Path("/proc/self/mountinfo")
+    lines = mounts.read_text(errors="surrogateescape").splitlines() if mounts.is_file() else []
+    return str(path) in (line.split(" ")[4].replace("\\040", " ") for line in lines)
 
 
 def _swap(new: pathlib.Path, old: pathlib.Path) -> None:

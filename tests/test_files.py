@@ -120,3 +120,44 @@ def test_replacing_without_renameat2(tmp_path, monkeypatch):
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_link_to_a_folder_stays(tmp_path):
+    write_old(tmp_path / "real")
+    (tmp_path / "model").symlink_to(tmp_path / "real")
+    with replaced_folder(tmp_path / "model", is_ours) as new:
+        (new / "config.json").write_text("new")
+    assert (tmp_path / "model").is_symlink()
+    assert contents(tmp_path / "real") == {"README.md": "old", "config.json": "new", "sub/note.txt": "old"}
+
+
+@pytest.mark.parametrize("path", [".", "..", "../..", "/proc", "note.txt"])
+def test_what_cannot_be_swapped_is_refused_before_writing(tmp_path, monkeypatch, path):
+    write_old(tmp_path)
+    monkeypatch.chdir(tmp_path / "sub")
+    with (
+        pytest.raises(ValueError, match=r"must (not )?be .*\. Received: /"),
+        replaced_folder(path, is_ours),
+    ):
+        pytest.fail("was let in")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "stale.json", "sub"]
+
+
+def test_a_mounted_folder_of_the_same_disk(tmp_path, monkeypatch):
+    (tmp_path / "a b").mkdir()
+    line = f"36 35 98:0 /x {tmp_path}/a\\040b rw,noatime - ext3 /dev/root rw\n"
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda self, **arguments: line)
+    with (
+        pytest.raises(ValueError, match="must not be a mount point"),
+        replaced_folder(tmp_path / "a b", is_ours),
+    ):
+        pytest.fail("was let in")
+
+
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with replaced_folder(tmp_path / "model", is_ours) as new:
+        (new / "config.json").write_text("new")
+    assert contents(tmp_path) == {"model/config.json": "new"}

@@ -76,7 +76,8 @@ def save_folder(
         The folder.
 
     Raises:
-        ValueError: If `max_shard_size` is no size or the model's weight table lacks a weight.
+        ValueError: If `max_shard_size` is no size, the model's weight table lacks a weight, or the folder
+            is a file, a mount point, or the current working directory or one of its parents.
     """
     most_bytes = _parse_size(max_shard_size)
     tensors, read = _checkpoint_tensors(model)

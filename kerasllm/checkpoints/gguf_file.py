@@ -4,6 +4,7 @@ The format is described at https://github.com/ggml-org/ggml/blob/master/docs/ggu
 place is checked against the file before it is used; the numbers are unpacked by the `gguf` package.
 """
 
+import functools
 import math
 import os
 import struct
@@ -130,6 +131,8 @@ class GGUFFile(TensorSource):
             raise ValueError(f"{name!r} has an unknown type: {number}") from None
         if kind in _INTEGERS:
             raise ValueError(f"{name!r} must hold floats, not {kind.name}")
+        if not _can_be_unpacked(kind):
+            raise ValueError(f"{name!r} must be of a type that can be unpacked, not {kind.name}")
         if min(shape) < 1 or shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             raise ValueError(f"{name!r} of type {kind.name} cannot have the shape {list(shape)}")
         return name, kind, shape, self._integer("<Q")
@@ -186,6 +189,18 @@ def _alignment(metadata: dict[str, Any]) -> int:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment must be a power of two, not {alignment!r}")
     return alignment
+
+
+@functools.cache
+def _can_be_unpacked(kind: gguf.GGMLQuantizationType) -> bool:
+    """Whether blocks of this type become numbers: one is tried, for the package has no list."""
+    if kind in _PLAIN:
+        return True
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), "uint8"), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _byte_count(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> int:

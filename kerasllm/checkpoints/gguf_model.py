@@ -223,7 +223,8 @@ def _check_known(metadata: Values, prefix: str, architecture: _Architecture, val
         name = key.removeprefix(prefix)
         if name == key or name in architecture.names or name in _SAYS_NOTHING:
             continue
-        if value != width if name in _HEAD_WIDTHS else value:
+        differs = value != width if name in _HEAD_WIDTHS else value
+        if differs.any() if isinstance(differs, np.ndarray) else differs:
             raise ValueError(
                 "Metadata of a GGUF file must be known, and heads of one width. "
                 f"Received: {key}={reprlib.repr(value)} for heads of width {width}"
@@ -246,13 +247,14 @@ def _rope_scaling(file: GGUFFile, prefix: str, values: Values) -> Values | None:
     original = file.metadata.get(prefix + "rope.scaling.original_context_length")
     if _ROPE_FACTORS in file.shapes:
         return _llama3_scaling(file, values)
+    if not isinstance(kind, str) or kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"{prefix}rope.scaling.type must be none, linear or yarn. Received: {kind!r}")
     if kind == "none":
         return None
-    if kind not in ("linear", "yarn") or factor is None:
-        raise ValueError(f"{prefix}rope.scaling must be linear or yarn. Received: {kind!r}, {factor!r}")
-    scaling = {"rope_type": kind, "factor": factor}
+    scaling = {"rope_type": kind, "factor": _number(prefix + "rope.scaling.factor", factor)}
     if kind == "yarn" and original is not None:
-        scaling["original_max_position_embeddings"] = original
+        key = prefix + "rope.scaling.original_context_length"
+        scaling["original_max_position_embeddings"] = _number(key, original)
     return scaling
 
 

@@ -22,6 +22,12 @@ _SPECIAL_TOKENS = {
     "mask": "mask",
 }
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+# Of these, llama.cpp begins each text with BOS where the file does not say whether.
+_BEGIN_WITH_BOS = ("llama3", "llama-v3", "llama-bpe")
+# Ends of a text, of a turn and of a message: generation stops at each.
+_ENDS = ("eos", "eot", "eom")
+# Every cut of a token is looked up, which takes the square of its length.
+MAX_TOKEN_LENGTH = 2048
 
 # Of a vocabulary, an error message shows the beginning.
 _short = reprlib.repr
@@ -87,8 +93,12 @@ def read_tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer | None, dict[str
         if not isinstance(template, str):
             raise ValueError(f"tokenizer.chat_template must be a text. Received: {_short(template)}")
         settings["chat_template"] = template
-    ids = {f"{name}_token_id": vocabulary.special_id(name) for name in ("bos", "eos")}
-    generation = {name: number for name, number in ids.items() if number is not None}
+    generation: dict[str, Any] = {}
+    if (bos_id := vocabulary.special_id("bos")) is not None:
+        generation["bos_token_id"] = bos_id
+    ends = [number for name in _ENDS if (number := vocabulary.special_id(name)) is not None]
+    if ends := list(dict.fromkeys(ends)):
+        generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     return Tokenizer.from_json(json_text, settings=settings), generation
 
 
@@ -180,7 +190,8 @@ class _Vocabulary:
         if kind == "bert":
             before, after = [self.special_token("cls", bos)], [self.special_token("seperator", eos)]
         else:
-            if self.get("add_bos_token", bool, kind == "llama"):
+            is_llama3 = kind == "gpt2" and self.get("pre", str, "default") in _BEGIN_WITH_BOS
+            if self.get("add_bos_token", bool, kind == "llama" or (is_llama3 and bos is not None)):
                 before = [bos]
             if self.get("add_eos_token", bool, kind == "t5"):
                 after = [eos]
@@ -248,6 +259,10 @@ def _bpe(vocabulary: dict[str, int], merges: list[list[str]], **settings) -> dic
 def _sentencepiece_bpe(vocabulary: _Vocabulary) -> dict[str, Any]:
     """SentencePiece's BPE, as Llama's and Gemma's: what merges first is the token with the best score."""
     ids = vocabulary.ids()
+    if (length := max(map(len, ids), default=0)) > MAX_TOKEN_LENGTH:
+        raise ValueError(
+            f"{_PREFIX}tokens must have at most {MAX_TOKEN_LENGTH} characters each. Received: {length}"
+        )
     pairs = []
     for token, number in ids.items():
         for cut in range(1, len(token)):
@@ -307,14 +322,18 @@ def _wordpiece(vocabulary: _Vocabulary) -> dict[str, Any]:
 
 def _unigram(vocabulary: _Vocabulary) -> dict[str, Any]:
     """SentencePiece's unigram model, as T5's."""
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    scheme = "always" if vocabulary.get("add_space_prefix", bool, True) else "never"
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": True}
     charsmap = vocabulary.get("precompiled_charsmap", np.ndarray, np.zeros(0, "uint8"))
-    normalizer = None
+    normalizers: list[dict[str, Any]] = []
     if charsmap.size:
         text = base64.b64encode(charsmap.astype("uint8").tobytes()).decode()
-        normalizer = {"type": "Precompiled", "precompiled_charsmap": text}
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": text})
+    if vocabulary.get("remove_extra_whitespaces", bool, False):
+        normalizers.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"})
     return {
-        "normalizer": normalizer,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
         "pre_tokenizer": metaspace,
         "decoder": metaspace,
         "model": {

@@ -8,15 +8,18 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import h5py
+import ml_dtypes
 import numpy as np
 
 from kerasllm.checkpoints.folder import Checkpoint, read_json
+from kerasllm.checkpoints.gguf_tokenizer import read_tokenizer
 from kerasllm.checkpoints.tensors import TensorSource
 from kerasllm.checkpoints.weights import load_model
 from kerasllm.tokenizers import Tokenizer
@@ -415,17 +418,30 @@ class _H5Weights(TensorSource):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         paths, change = self._sources[name]
         if change is _same and self.shapes[name]:
-            return self._datasets[paths[0]][start:stop]
-        return change([self._datasets[path][()] for path in paths])[start:stop]
+            return _numbers(self._datasets[paths[0]][start:stop])
+        return change([_numbers(self._datasets[path][()]) for path in paths])[start:stop]
 
 
 def _suffix(number: int) -> str:
     return f"_{number}" if number else ""
 
 
+def _is_bfloat16(dataset: h5py.Dataset) -> bool:
+    """Whether Keras wrote it: HDF5 has no such numbers, so that they lie there as two bytes and a name."""
+    is_named = str(dataset.attrs.get("dtype")) == "bfloat16"
+    return dataset.dtype.kind == "V" and dataset.dtype.itemsize == 2 and is_named
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    # `_find_datasets` has refused all other void ones.
+    return array.view(ml_dtypes.bfloat16) if array.dtype.kind == "V" else array
+
+
 def _find_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
     """All datasets below `layers` that hold their numbers themselves; ValueError for any other."""
     found = {}
+    # Two hard links to one group, level by level, make a small file a huge tree.
+    addresses = {h5py.h5o.get_info(file.id).addr}
 
     def search(group: h5py.Group, prefix: str, depth: int) -> None:
         for key in group:
@@ -435,6 +451,13 @@ def _find_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
                     f"An HDF5 file of weights must have no links. Received: {file.filename}: {path}"
                 )
             item = group[key]
+            address = h5py.h5o.get_info(item.id).addr
+            if address in addresses:
+                raise ValueError(
+                    "A file of weights must hold every group and dataset once. "
+                    f"Received: {file.filename}: {path}"
+                )
+            addresses.add(address)
             if isinstance(item, h5py.Group):
                 search(item, path + "/", depth + 1)
             elif item.is_virtual or item.external or item.id.get_storage_size() != item.nbytes:
@@ -442,12 +465,18 @@ def _find_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
                     "A file of weights must hold all numbers, uncompressed. "
                     f"Received: {file.filename}: {path}"
                 )
+            elif item.dtype.kind not in "biuf" and not _is_bfloat16(item):
+                raise ValueError(
+                    f"A file of weights must hold numbers. Received: {file.filename}: {path} of the dtype "
+                    f"{item.attrs.get('dtype', item.dtype)!s:.100}"
+                )
             else:
                 found[path] = item
 
     try:
+        addresses.add(h5py.h5o.get_info(file["layers"].id).addr)
         search(file["layers"], "", 0)
-    except (KeyError, RuntimeError, OSError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise ValueError(f"Not a file of weights, or a damaged one: {file.filename} ({error})") from error
     return found
 
@@ -462,8 +491,36 @@ def _read_tokenizer(folder: pathlib.Path, backbone: _Backbone) -> Tokenizer | No
         given = read_json(folder / "tokenizer.json").get("config")
         if isinstance(given, dict) and isinstance(given.get("lowercase"), bool):
             settings["do_lower_case"] = given["lowercase"]
+    if backbone is _BACKBONES["Llama3Backbone"]:
+        return _read_llama3_tokenizer(assets, settings)
     with tempfile.TemporaryDirectory() as temporary:
         for name, new_name in backbone.assets.items():
             shutil.copyfile(assets / name, pathlib.Path(temporary, new_name))
         pathlib.Path(temporary, "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
         return Tokenizer.from_folder(temporary)
+
+
+def _read_llama3_tokenizer(assets: pathlib.Path, settings: Values) -> Tokenizer | None:
+    """The tokenizer of Llama 3, whose files say neither how it cuts texts nor which tokens are special."""
+    ids = read_json(assets / "vocabulary.json")
+    tokens = sorted(ids, key=lambda token: ids[token] if isinstance(ids[token], int) else -1)
+    if [ids[token] for token in tokens] != list(range(len(ids))):
+        raise ValueError(
+            f"A vocabulary must number its tokens from 0. Received: {assets / 'vocabulary.json'}"
+        )
+    lines = (assets / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line.removesuffix("\r") for line in lines if line and not line.startswith("#version")]
+    normal, control = 1, 3
+    is_special = re.compile(r"<\|.*\|>").fullmatch
+    metadata: Values = {
+        "model": "gpt2",
+        "pre": "llama3",
+        "tokens": tokens,
+        "token_type": np.array([control if is_special(token) else normal for token in tokens]),
+        "merges": merges,
+    }
+    for name in ("bos", "eos"):
+        if (token := settings[f"{name}_token"]) in ids:
+            metadata[f"{name}_token_id"] = ids[token]
+    # Said in llama.cpp's words, which name the same pre-tokenizer.
+    return read_tokenizer({f"tokenizer.ggml.{name}": value for name, value in metadata.items()})[0]

@@ -21,6 +21,8 @@ from kerasllm.models.base import SAME, Transform
 _MAX_WHOLE = 1 << 22
 # Names of widths in the config.json of any family.
 _WIDTHS = frozenset("d_ff d_kv d_model dim head_dim hidden_size intermediate_size n_embd n_inner".split())
+# Names of the number of layers there; others, such as Qwen's max_window_layers, may exceed it.
+_LAYER_COUNTS = frozenset("n_layer n_layers num_decoder_layers num_hidden_layers num_layers".split())
 # Seconds of loading before a progress bar appears.
 _PATIENCE = 2.0
 
@@ -72,7 +74,7 @@ def _check_sizes(values: dict[str, Any], source: TensorSource) -> None:
     longest = max((max(shape, default=0) for shape in source.shapes.values()), default=0)
     for name, value in values.items():
         # Each layer has tensors of its own, and a width is the length of some tensor.
-        most = len(source.shapes) if "layer" in name else longest if name in _WIDTHS else None
+        most = len(source.shapes) if name in _LAYER_COUNTS else longest if name in _WIDTHS else None
         if most is not None and isinstance(value, int) and value > most:
             raise ValueError(
                 f"{name} must fit {source.description}, whose {len(source.shapes)} tensors must fill every "

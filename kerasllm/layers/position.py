@@ -14,6 +14,11 @@ def _check_even(name: str, value: int) -> None:
         raise ValueError(f"`{name}` must be a positive even number. Received: {name}={value}")
 
 
+def _check_positive(name: str, value: float) -> None:
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"`{name}` must be a positive number. Received: {name}={value}")
+
+
 def _frequencies(dim: int, max_wavelength: float) -> np.ndarray:
     """Geometric series `[dim / 2]` of angles per position, in radians.
 
@@ -192,7 +197,12 @@ def _scale(frequencies, max_wavelength: float, scaling: dict[str, Any] | None):
             f"A rotary scaling of the `rope_type` {rope_type!r} needs {sorted(needed)} and may have "
             f"{sorted(known - needed)}. Received: {scaling}"
         )
-    return function(frequencies, max_wavelength, **arguments)
+    _check_positive("factor", arguments["factor"])
+    with np.errstate(all="ignore"):
+        scaled, magnitude = function(frequencies, max_wavelength, **arguments)
+    if not np.isfinite(scaled).all() or not math.isfinite(magnitude):
+        raise ValueError(f"A rotary scaling must give finite angles. Received: {scaling}")
+    return scaled, magnitude
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
@@ -212,7 +222,8 @@ class RotaryEmbedding(keras.layers.Layer):
         fraction: Which fraction of a head, from its first component on, is rotated; the rest stays.
 
     Raises:
-        ValueError: If the rotated width is not even, or the scaling is unknown or incomplete.
+        ValueError: If the rotated width is not even, the wavelength is not positive, or the scaling is
+            unknown, incomplete or gives no finite angles.
     """
 
     def __init__(
@@ -227,6 +238,7 @@ class RotaryEmbedding(keras.layers.Layer):
         _check_even("head_dim", head_dim)
         if not 0.0 < fraction <= 1.0:
             raise ValueError(f"`fraction` must be in (0, 1]. Received: fraction={fraction}")
+        _check_positive("max_wavelength", max_wavelength)
         self.head_dim = head_dim
         self.max_wavelength = max_wavelength
         self.scaling = scaling

@@ -1,19 +1,22 @@
 """Chats as prompts: Jinja templates, rendered as transformers does, and text that stays text."""
 
 import atexit
+import itertools
 import json
 import os
 import re
-import select
+import selectors
 import subprocess
 import sys
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kerasllm.tokenizers import chat_templates
+from kerasllm.tokenizers.json_fields import LONGEST_TOKEN
 
 _RENDERER = Path(__file__).with_name("chat_renderer.py")
 SECONDS_PER_PROMPT = 10.0
@@ -132,6 +135,9 @@ class Shield:
 
     Args:
         special_tokens: The spellings.
+
+    Raises:
+        ValueError: If one is longer than any token of a model is.
     """
 
     MARK = b"\xfd"  # Never in valid UTF-8.
@@ -140,13 +146,20 @@ class Shield:
     _ROLE = re.compile(r"[\w .-]+")
 
     def __init__(self, special_tokens: Sequence[str]):
+        longest = max(map(len, special_tokens), default=0)
+        if longest > LONGEST_TOKEN:
+            raise ValueError(
+                f"A special token must have up to {LONGEST_TOKEN} characters, for a chat to be shielded. "
+                f"Received: one of {longest}"
+            )
         # A template may change the case of a text.
         any_token = "|".join(map(re.escape, [*special_tokens, self._ESCAPED_MARK]))
         self._begins_token = re.compile(f"(?=(?:{any_token}))(.)", re.DOTALL | re.IGNORECASE)
         self._single = {token for token in special_tokens if len(token) == 1}
         lowered = [token.lower() for token in special_tokens]
-        self._beginnings = {token[:i] for token in lowered for i in range(1, len(token))}
-        self._ends = {token[i:] for token in lowered for i in range(1, len(token))}
+        # Sorted, as all their beginnings and ends could fill the memory.
+        self._sorted = sorted(lowered)
+        self._sorted_reversed = sorted(token[::-1] for token in lowered)
         self._longest = max(map(len, lowered), default=0)
 
     def protect_messages(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -190,11 +203,17 @@ class Shield:
         lowered = text.lower()
         # What the template writes before or after the text must not complete a token with it.
         lengths = range(1, min(self._longest, len(lowered)) + 1)
-        if any(lowered[:length] in self._ends for length in lengths):
+        if any(_begins_one(lowered[length - 1 :: -1], self._sorted_reversed) for length in lengths):
             broken = self._TEXT_MARK + broken
-        if any(lowered[-length:] in self._beginnings for length in lengths):
+        if any(_begins_one(lowered[-length:], self._sorted) for length in lengths):
             broken += self._TEXT_MARK
         return broken
+
+
+def _begins_one(text: str, sorted_tokens: list[str]) -> bool:
+    """Whether a token begins with the text, and goes on."""
+    place = bisect_right(sorted_tokens, text)
+    return place < len(sorted_tokens) and sorted_tokens[place].startswith(text)
 
 
 def _checked_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -223,36 +242,60 @@ def _cut_at_tag(prompt: str, final_text: str) -> str:
 
 
 class _Renderer:
-    """The process that renders templates."""
+    """The process that renders templates.
+
+    Attributes:
+        owner: The process that started it.
+        is_waiting: Whether it may still answer something that nobody waits for any more.
+    """
 
     def __init__(self):
         self.owner = os.getpid()
+        self.is_waiting = False
+        self._numbers = itertools.count()
         self._process = subprocess.Popen(
             # Without the script's folder among the modules: its files have common names.
             [sys.executable, "-P", str(_RENDERER), str(MEGABYTES_PER_PROMPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            start_new_session=True,  # An interrupt at the terminal is for the program that asks.
         )
         for pipe in (self._process.stdin, self._process.stdout):
             os.set_blocking(pipe.fileno(), False)
 
-    def ask(self, request: bytes) -> bytes:
-        """Sends a line and returns the answer's; TimeoutError or OSError if none comes."""
+    def ask(self, request: bytes) -> dict[str, str]:
+        """Sends a line and returns what is answered; an exception if nothing is."""
+        self.is_waiting = True
+        number = b"%d" % next(self._numbers)
+        answered, _, answer = self._exchange(number + b"\n" + request).partition(b" ")
+        if answered != number:
+            raise RuntimeError("the renderer answered another request")
+        answer = json.loads(answer)
+        self.is_waiting = False
+        return answer
+
+    def _exchange(self, request: bytes) -> bytes:
         deadline = time.monotonic() + SECONDS_PER_PROMPT
         stdin, stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
+        to_write = memoryview(request)
         answer = []
-        while not (answer and answer[-1].endswith(b"\n")):
-            left = deadline - time.monotonic()
-            readable, writable, _ = select.select([stdout], [stdin] if request else [], [], max(left, 0))
-            if left <= 0:
-                raise TimeoutError
-            if writable:
-                request = request[os.write(stdin, request) :]
-            if readable:
-                answer.append(os.read(stdout, 1 << 20))
-                if not answer[-1]:
-                    raise OSError("the process has ended")
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdin, selectors.EVENT_WRITE)
+            selector.register(stdout, selectors.EVENT_READ)
+            while not (answer and answer[-1].endswith(b"\n")):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                ready = {key.fd for key, _ in selector.select(left)}
+                if stdin in ready:
+                    to_write = to_write[os.write(stdin, to_write) :]
+                    if not to_write:
+                        selector.unregister(stdin)
+                if stdout in ready:
+                    answer.append(os.read(stdout, 1 << 20))
+                    if not answer[-1]:
+                        raise EOFError
         return b"".join(answer)
 
     def close(self) -> str:
@@ -275,15 +318,22 @@ def _render(source: str, variables: dict[str, Any]) -> str:
         raise ValueError("A chat must not be nested so deep.") from None
     global _renderer
     with _lock:
+        if _renderer is not None and _renderer.is_waiting:
+            _end_renderer()
         if _renderer is None or _renderer.owner != os.getpid():  # After a fork it is the parent's.
             _renderer = _Renderer()
         try:
-            answer = json.loads(_renderer.ask(request))
-        except (OSError, ValueError) as error:
-            complaint, _renderer = _renderer.close(), None
+            answer = _renderer.ask(request)
+        except BaseException as error:
+            # What it may still answer must not become the next chat's prompt.
+            complaint = _end_renderer()
+            if not isinstance(error, EOFError | OSError | RuntimeError | ValueError):
+                raise
             reason = complaint or "it took too much memory"
             if isinstance(error, TimeoutError):
                 reason = f"it took longer than {SECONDS_PER_PROMPT:.0f} seconds"
+            if isinstance(error, RuntimeError):
+                reason = str(error)
             raise ValueError(f"A chat template must render. Received: {reason}") from None
     if "error" in answer:
         raise ValueError(f"A chat template must render. Received: {answer['error']}")
@@ -291,6 +341,8 @@ def _render(source: str, variables: dict[str, Any]) -> str:
 
 
 @atexit.register
-def _end_renderer() -> None:
-    if _renderer is not None:
-        _renderer.close()
+def _end_renderer() -> str:
+    """Ends the process, if there is one; returns what it complained of."""
+    global _renderer
+    renderer, _renderer = _renderer, None
+    return "" if renderer is None else renderer.close()

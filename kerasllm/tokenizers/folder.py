@@ -1,6 +1,7 @@
 """A tokenizer's files in a folder, whatever the layout, as the text of a tokenizer.json and settings."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ OLDER_CHAT_TEMPLATE = "chat_template.json"
 VOCABULARY_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 WORD_PIECE_VOCABULARY = "vocab.txt"
 SENTENCE_PIECE_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+# Of transformers' classes, those that say nothing of how a text is tokenized.
+PLAIN_CLASSES = ("", "PreTrained", "TokenizersBackend")
+_ROBERTA = ("Roberta", "Longformer")
 
 _GPT2_NAMES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
 _ROBERTA_NAMES = {
@@ -94,6 +99,17 @@ def _read_object(path: Path) -> dict[str, Any]:
     return parse_object(_read_text(path), path.name) if path.is_file() else {}
 
 
+def _read_ids(path: Path) -> dict[str, int]:
+    ids = _read_object(path)
+    for token, token_id in ids.items():
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise ValueError(
+                f"A token's id in {path.name} must be an integer. "
+                f"Received: {reprlib.repr(token)}: {reprlib.repr(token_id)}"
+            )
+    return ids
+
+
 def _read_settings(folder: Path) -> dict[str, Any]:
     settings = _read_object(folder / SETTINGS)
     settings = _read_object(folder / SPECIAL_TOKENS) | settings
@@ -109,12 +125,17 @@ def _byte_bpe_json(folder: Path, vocabulary: str, merges: str, settings: dict[st
 
     transformers goes by the class in the settings as well; without one it is GPT-2's.
     """
-    tokens = _read_object(folder / vocabulary)
+    kind = field(settings, "tokenizer_class", str, "").removesuffix("Fast").removesuffix("Tokenizer")
+    if kind not in (*PLAIN_CLASSES, "GPT2", "Qwen2", *_ROBERTA):
+        raise ValueError(
+            f"`tokenizer_class` of {vocabulary} and {merges} without a tokenizer.json must be one of "
+            f"{['GPT2', 'Qwen2', *_ROBERTA]} and Tokenizer, or none. Received: {kind}Tokenizer"
+        )
+    tokens = _read_ids(folder / vocabulary)
     lines = _read_text(folder / merges).split("\n")
     pairs = [
         line.removesuffix("\r").split(" ") for line in lines if line and not line.startswith("#version")
     ]
-    kind = str(settings.get("tokenizer_class", "")).removesuffix("Fast").removesuffix("Tokenizer")
     config = {
         "version": "1.0",
         "normalizer": None,
@@ -129,7 +150,7 @@ def _byte_bpe_json(folder: Path, vocabulary: str, merges: str, settings: dict[st
         "model": {"type": "BPE", "vocab": tokens, "merges": pairs},
     }
     names = {name: token for name, token in _GPT2_NAMES.items() if token in tokens}
-    if kind in ("Roberta", "Longformer"):
+    if kind in _ROBERTA:
         names = _ROBERTA_NAMES
     if kind == "Qwen2":
         names = _QWEN2_NAMES
@@ -139,7 +160,7 @@ def _byte_bpe_json(folder: Path, vocabulary: str, merges: str, settings: dict[st
     for name, token in names.items():
         settings.setdefault(name, token)
     config["added_tokens"] = _added_tokens(folder, tokens, settings)
-    if kind in ("Roberta", "Longformer"):
+    if kind in _ROBERTA:
         ids = tokens | {token["content"]: token["id"] for token in config["added_tokens"]}
         config["post_processor"] = {
             "type": "RobertaProcessing",
@@ -163,10 +184,12 @@ def _added_tokens(folder: Path, tokens: dict[str, int], settings: dict[str, Any]
                 f"`added_tokens_decoder` must map ids to tokens. Received: {token_id!r}: {token!r}"
             )
         added[field(token, "content", str)] = _NO_OPTIONS | token | {"id": int(token_id)}
-    named = {
-        _content(value): value for name, value in settings.items() if name.endswith("_token") and value
+    named = {  # Not add_bos_token and the like, which are flags.
+        _content(value): value
+        for name, value in settings.items()
+        if name.endswith("_token") and value and isinstance(value, str | dict)
     }
-    others = _read_object(folder / ADDED_TOKENS) | {name: tokens[name] for name in named if name in tokens}
+    others = _read_ids(folder / ADDED_TOKENS) | {name: tokens[name] for name in named if name in tokens}
     for content, token_id in others.items():
         if content in added:
             continue

@@ -6,6 +6,9 @@ from typing import Any
 
 REQUIRED = object()
 
+# In characters. Those of models have up to some hundred; work on a token's parts grows with its square.
+LONGEST_TOKEN = 1024
+
 
 def field(entry: dict, name: str, kind: type, default: Any = REQUIRED) -> Any:
     """Returns `entry[name]` if it is of the type `kind`.

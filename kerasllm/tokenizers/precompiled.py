@@ -16,6 +16,7 @@ from kerasllm.tokenizers.ragged import row_ids
 from kerasllm.tokenizers.trie import Trie
 
 _LONGEST_REPLACED = 5  # In bytes.
+_LONGEST_REPLACEMENT = 256  # In bytes; the longest of Unicode's has 33.
 
 _CARRIAGE_RETURN, _LINE_FEED, _JOINER = 0x0D, 0x0A, 0x200D
 _LEADS = [*range(0x1100, 0x1160), *range(0xA960, 0xA97D)]
@@ -184,7 +185,8 @@ def read_rules(charsmap: str) -> dict[str, str]:
     while to_visit:
         prefix, node = to_visit.pop()
         visited += 1
-        if visited > len(units):
+        # Each has a unit of its own, or the same are found again and again.
+        if visited + len(to_visit) + len(rules) > len(units):
             raise _damaged("a trie with a loop")
         if len(prefix) == _LONGEST_REPLACED:
             continue  # What is longer is never replaced.
@@ -212,7 +214,10 @@ def _replacement(replacements: bytes, units: np.ndarray, place: int) -> str:
     start = int(units[place]) & ((1 << 31) - 1)
     if start > len(replacements):
         raise _damaged(f"a replacement at {start} of {len(replacements)} bytes")
-    return _text_of(replacements[start:].partition(b"\0")[0])
+    content, end, _ = replacements[start : start + _LONGEST_REPLACEMENT + 1].partition(b"\0")
+    if not end and len(content) > _LONGEST_REPLACEMENT:
+        raise _damaged(f"a replacement of more than {_LONGEST_REPLACEMENT} bytes")
+    return _text_of(content)
 
 
 def _text_of(content: bytes) -> str:

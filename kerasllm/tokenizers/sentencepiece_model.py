@@ -7,7 +7,8 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from kerasllm.tokenizers.json_fields import field
+from kerasllm.tokenizers.folder import PLAIN_CLASSES
+from kerasllm.tokenizers.json_fields import LONGEST_TOKEN, field
 
 _MARK = "\u2581"
 _UNIGRAM, _BPE = 1, 2
@@ -18,8 +19,10 @@ _LLAMA = ("Llama", "CodeLlama", "Gemma", "Mistral")
 _T5 = ("T5", "MT5")
 _XLM_ROBERTA = ("XLMRoberta",)
 _WORDS = (*_T5, *_XLM_ROBERTA)  # These drop all whitespace.
-_PLAIN = ("", "PreTrained", "TokenizersBackend")
 _T5_EXTRA_IDS = 100
+_MOST_EXTRA_IDS = 10_000
+# Per token, on average. By default the trainer makes none of more than 16 characters, so 15 merges.
+_MOST_MERGES = 32
 
 
 def json_from_model(content: bytes, settings: dict[str, Any]) -> str:
@@ -48,6 +51,15 @@ def json_from_model(content: bytes, settings: dict[str, Any]) -> str:
         pieces = [(piece.piece, float(piece.score), piece.type) for piece in model.pieces]
     except (DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"A SentencePiece model must be readable. Received: {error}") from error
+    # What is no UTF-8 comes as bytes, or raises above, as protobuf's versions like.
+    if not all(isinstance(piece, str) for piece, _, _ in pieces):
+        raise ValueError("The tokens of a SentencePiece model must be UTF-8. Received: some that are not")
+    longest = max((len(piece) for piece, _, _ in pieces), default=0)
+    if longest > LONGEST_TOKEN:
+        raise ValueError(
+            f"The tokens of a SentencePiece model must have up to {LONGEST_TOKEN} characters. "
+            f"Received: one of {longest}"
+        )
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix:
         raise ValueError(
@@ -61,7 +73,7 @@ def json_from_model(content: bytes, settings: dict[str, Any]) -> str:
             f"{len(pieces)} tokens, escape_whitespaces={normalizer.escape_whitespaces}"
         )
     kind = field(settings, "tokenizer_class", str, "").removesuffix("Fast").removesuffix("Tokenizer")
-    if kind not in (*_LLAMA, *_T5, *_XLM_ROBERTA, *_PLAIN):
+    if kind not in (*_LLAMA, *_T5, *_XLM_ROBERTA, *PLAIN_CLASSES):
         raise ValueError(
             "`tokenizer_class` of a SentencePiece model without a tokenizer.json must be one of "
             f"{[*_LLAMA, *_T5, *_XLM_ROBERTA]} and Tokenizer, or none. Received: {kind}Tokenizer"
@@ -76,6 +88,8 @@ def _config(
     unk_id = trainer.unk_id
     if kind in _T5:
         count = field(settings, "extra_ids", int, _T5_EXTRA_IDS if kind == "T5" else 0)
+        if not 0 <= count <= _MOST_EXTRA_IDS:
+            raise ValueError(f"`extra_ids` must be from 0 to {_MOST_EXTRA_IDS}. Received: {count}")
         extra = [(f"<extra_id_{i}>", 0.0, _CONTROL) for i in reversed(range(count))]
         present = {piece for piece, _, _ in pieces}
         pieces = pieces + [piece for piece in extra if piece[0] not in present]
@@ -237,10 +251,15 @@ def _merges(pieces: list[tuple[str, float, int]], ids: dict[str, int]) -> list[l
     """The merges that make the tokens, the one of the highest score first."""
     merges = []
     for piece, score, _ in pieces:
-        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
         pairs = [
             (ids[left], ids[right], left, right) for left, right in cuts if left in ids and right in ids
         ]
         merges += [(score, len(left), len(right), left, right) for _, _, left, right in sorted(pairs)]
+        if len(merges) > _MOST_MERGES * len(pieces):
+            raise ValueError(
+                f"The tokens of a SentencePiece model must be made by up to {_MOST_MERGES} merges each, on "
+                f"average. Received: more, of {len(pieces)} tokens"
+            )
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     return [[left, right] for *_, left, right in merges]

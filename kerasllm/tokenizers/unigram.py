@@ -53,7 +53,7 @@ class UnigramTokenizer(Tokenizer):
                     f"Received: {reprlib.repr(entry)}"
                 )
             token, score = entry
-            if token == "" or token in vocabulary or isinstance(score, bool) or not math.isfinite(score):
+            if token == "" or token in vocabulary or not _is_finite(score):
                 raise ValueError(
                     "The tokens of a Unigram model must differ and not be empty, and have finite scores. "
                     f"Received: {reprlib.repr(entry)}"
@@ -304,6 +304,13 @@ def _on_path(last_nodes: tf.Tensor, before: tf.Tensor) -> tf.Tensor:
     )
     is_beginning = before == tf.range(tf.size(before, out_type=tf.int64))
     return tf.where(on_path & ~is_beginning)[:, 0]
+
+
+def _is_finite(score: int | float) -> bool:
+    try:
+        return not isinstance(score, bool) and math.isfinite(score)
+    except OverflowError:  # An integer beyond all floats.
+        return False
 
 
 def _scores_as_read_by_serde(json_text: str) -> list[float]:

@@ -1,6 +1,7 @@
 """WordPiece, as of BERT, in TensorFlow core ops."""
 
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -49,6 +50,11 @@ class WordPieceTokenizer(Tokenizer):
             raise ValueError("A WordPiece model must have an `unk_token` that is in its vocabulary.")
         self._continuing_prefix = field(model, "continuing_subword_prefix", str, "##")
         self._longest_word = field(model, "max_input_chars_per_word", int, 100)
+        if not 0 <= self._longest_word <= tf.int32.max:
+            raise ValueError(
+                f"`max_input_chars_per_word` must be from 0 to {tf.int32.max}. "
+                f"Received: {reprlib.repr(self._longest_word)}"
+            )
 
     # Text to pieces
 

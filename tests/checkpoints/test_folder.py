@@ -278,6 +278,16 @@ def test_a_save_replaces_shards_and_keeps_the_rest(tmp_path):
     assert (tmp_path / "README.md").read_text() == "README.md"
 
 
+def test_the_working_directory_is_refused_before_the_weights_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folder_module, "write_safetensors", lambda *arguments: pytest.fail("written"))
+    with pytest.raises(
+        ValueError, match=f"must not be the current working directory.*Received: {tmp_path}"
+    ):
+        save_folder(".", make_model())
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("moment", ["config", "weights", "tokenizer"])
 def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, causal_lm, monkeypatch, moment):
     causal_lm.save_pretrained(tmp_path / "x")

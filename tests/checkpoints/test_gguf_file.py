@@ -139,6 +139,8 @@ def test_a_file_by_hand_of_each_version(tmp_path):
         (gguf_bytes([], [tensor(shape=(1,) * 5)]), "1 to 4 axes, not 5"),
         (gguf_bytes([], [tensor(kind=999)]), "unknown type: 999"),
         (gguf_bytes([], [tensor(kind=26)]), "must hold floats, not I32"),
+        (gguf_bytes([], [tensor(shape=(32,), kind=9)]), "can be unpacked, not Q8_1"),
+        (gguf_bytes([], [tensor(shape=(256,), kind=15)]), "can be unpacked, not Q8_K"),
         (gguf_bytes([], [tensor(shape=(31,), kind=8)]), "Q8_0 cannot have the shape"),
         (gguf_bytes([], [tensor(shape=(4, 0))]), "cannot have the shape"),
         (gguf_bytes([], [tensor(shape=(2**32, 2**32, 2))]), "and the file at"),

@@ -221,7 +221,13 @@ def llama():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope.scaling.type": "longrope"}, "must be linear or yarn"),
+        ({"rope.scaling.type": "longrope"}, "must be none, linear or yarn"),
+        ({"rope.scaling.type": [1, 2]}, "must be none, linear or yarn"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": [1, 2]}, "must be one number"),
+        ({"rope.scaling.type": "linear"}, "must be one number"),
+        ({"rope.freq_base": 0.0}, "must be a positive number"),
+        ({"new.setting": [0, 1, 2]}, r"must be known.*llama\.new\.setting=array"),
+        ({"rope.dimension_count": [8, 8, 4]}, "heads of one width"),
         ({"expert_count": 8}, r"must be known.*llama\.expert_count=8"),
         ({"rope.dimension_count": 4}, "heads of one width"),
         ({"block_count": 10**9}, "every layer"),

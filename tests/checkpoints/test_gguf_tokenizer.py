@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tokenizers
 from reference.gguf_files import write_gguf
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from kerasllm import train_tokenizer
 from kerasllm.checkpoints.gguf_file import GGUFFile
@@ -93,6 +94,25 @@ def test_first_and_last_token(byte_level):
     assert reference.encode("it").ids[-1] == byte_level["tokenizer.ggml.eos_token_id"]
 
 
+@pytest.mark.parametrize("name", ["llama3", "llama-v3", "llama-bpe", "smaug-bpe", "gpt-2"])
+def test_llama3_begins_with_a_token_unless_the_file_says_otherwise(byte_level, name):
+    byte_level |= {"tokenizer.ggml.pre": name, "tokenizer.ggml.bos_token_id": 5}
+    begins = name.startswith("llama")
+    for says, expected in (({}, begins), ({"tokenizer.ggml.add_bos_token": False}, False)):
+        reference = tokenizers.Tokenizer.from_str(tokenizer_json(byte_level | says))
+        assert (reference.encode("it").ids[0] == 5) == expected
+    del byte_level["tokenizer.ggml.bos_token_id"]
+    assert json.loads(tokenizer_json(byte_level))["post_processor"] is None
+
+
+def test_every_token_that_ends_a_turn(byte_level):
+    eos = byte_level["tokenizer.ggml.eos_token_id"]
+    byte_level["tokenizer.ggml.eot_token_id"] = eos
+    assert read_tokenizer(byte_level)[1] == {"eos_token_id": eos}
+    byte_level |= {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 6}
+    assert read_tokenizer(byte_level)[1] == {"eos_token_id": [eos, 7, 6]}
+
+
 @pytest.fixture
 def sentencepiece():
     """Llama's kind of vocabulary: what has the best score is merged first."""
@@ -133,6 +153,12 @@ def test_sentencepiece_without_a_space_in_front(sentencepiece):
     assert reference.decode(reference.encode(" that").ids) == " that"
 
 
+def test_a_huge_token(sentencepiece):
+    sentencepiece["tokenizer.ggml.tokens"][-1] = "x" * 2049
+    with pytest.raises(ValueError, match="at most 2048 characters each. Received: 2049"):
+        read_tokenizer(sentencepiece)
+
+
 def test_wordpiece():
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁hello", "▁wor", "ld", "▁!", "!"]
     metadata = {
@@ -157,9 +183,10 @@ def test_wordpiece():
     assert cased.encode("Hello hello", add_special_tokens=False).tokens == ["Hello", "[UNK]"]
 
 
-def test_unigram():
+@pytest.fixture
+def unigram():
     tokens = ["<pad>", "</s>", "<unk>", "▁the", "▁", "t", "h", "e", "re"]
-    metadata = {
+    return {
         "tokenizer.ggml.model": "t5",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": np.array([0, 0, 0, -2, -3, -4, -4, -4, -5], "float32"),
@@ -168,8 +195,39 @@ def test_unigram():
         "tokenizer.ggml.unknown_token_id": 2,
         "tokenizer.ggml.padding_token_id": 0,
     }
-    reference = tokenizers.Tokenizer.from_str(tokenizer_json(metadata))
+
+
+def test_unigram(unigram):
+    reference = tokenizers.Tokenizer.from_str(tokenizer_json(unigram))
     assert reference.encode("the there").tokens == ["▁the", "▁the", "re", "</s>"]
+
+
+@pytest.mark.parametrize("removes", [True, False])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_spaces_of_unigram(unigram, prefix, removes):
+    unigram |= {
+        "tokenizer.ggml.add_space_prefix": prefix,
+        "tokenizer.ggml.remove_extra_whitespaces": removes,
+    }
+    model = sentencepiece_model_pb2.ModelProto()
+    tokens, scores = unigram["tokenizer.ggml.tokens"], unigram["tokenizer.ggml.scores"]
+    kinds = unigram["tokenizer.ggml.token_type"]
+    for token, score, kind in zip(tokens, scores, kinds, strict=True):
+        model.pieces.add(piece=token, score=score, type=int(kind))
+    model.trainer_spec.model_type = 1
+    model.trainer_spec.unk_id, model.trainer_spec.bos_id = 2, -1
+    model.trainer_spec.eos_id, model.trainer_spec.pad_id = 1, 0
+    model.normalizer_spec.add_dummy_prefix = prefix
+    model.normalizer_spec.remove_extra_whitespaces = removes
+    theirs = SentencePieceProcessor(model_proto=model.SerializeToString())
+    reference = tokenizers.Tokenizer.from_str(tokenizer_json(unigram))
+    tokenizer, _ = read_tokenizer(unigram)
+    # Without removal, a space in front of a text comes on top of the prefix in SentencePiece only.
+    texts = ["the  the ", "the", "the   there  the"] + ["  the", " the ", " "] * (removes or not prefix)
+    for text in texts:
+        expected = theirs.encode(text)
+        assert reference.encode(text, add_special_tokens=False).ids == expected, text
+        assert tokenizer.encode(text) == expected, text
 
 
 @pytest.mark.parametrize(
@@ -178,6 +236,7 @@ def test_unigram():
         ({"model": "rwkv"}, "model must be one of .*'rwkv'"),
         ({"model": 3}, "model must be one of"),
         ({"pre": "chameleon"}, "pre must be one of .*'chameleon'"),
+        ({"pre": np.array([1, 2])}, "pre must be of type str"),
         ({"tokens": None}, "tokens must be of type list"),
         ({"tokens": ["a", "a"]}, "must be texts, no two equal"),
         ({"tokens": ["a", ["b"]]}, "must be texts, no two equal"),

@@ -4,10 +4,14 @@ import subprocess
 import sys
 
 import h5py
+import keras
+import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
+from reference.tokenizer_kinds import train_byte_level
 
-from kerasllm.checkpoints import load_checkpoint
+from kerasllm.checkpoints import kerashub, load_checkpoint
 
 IDS = np.array([[3, 1, 4, 1, 5, 2]])
 SETTINGS = {
@@ -85,6 +89,29 @@ def test_tokenizer(preset):
     assert tokenizer.eos_id == 0
 
 
+def test_tokenizer_of_llama3(tmp_path):
+    special = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
+    text = "Hello there, it's 1234567!  naïve\n\n I'LL <|eot_id|>"
+    reference = train_byte_level("llama3", [text] * 3, 300, special)
+    content = json.loads(reference.to_str())
+    content["model"]["ignore_merges"] = True
+    reference = tokenizers.Tokenizer.from_str(json.dumps(content))
+    assets = tmp_path / "assets" / "tokenizer"
+    assets.mkdir(parents=True)
+    (assets / "vocabulary.json").write_text(json.dumps(reference.get_vocab()))
+    (assets / "merges.txt").write_text("\n".join(" ".join(pair) for pair in content["model"]["merges"]))
+    backbone = kerashub._BACKBONES["Llama3Backbone"]
+    tokenizer = kerashub._read_tokenizer(tmp_path, backbone)
+    assert tokenizer.bos_id == reference.token_to_id("<|begin_of_text|>")
+    assert tokenizer.eos_id == reference.token_to_id("<|end_of_text|>")
+    assert tokenizer.encode(text, parse_special=True) == reference.encode(text).ids
+    begun = tokenizers.Tokenizer.from_str(tokenizer.to_json()).encode("Hello").ids
+    assert begun == [tokenizer.bos_id, *reference.encode("Hello").ids]
+    (assets / "vocabulary.json").write_text(json.dumps({"a": 0, "b": "1"}))
+    with pytest.raises(ValueError, match="must number its tokens from 0"):
+        kerashub._read_tokenizer(tmp_path, backbone)
+
+
 def change_config(preset, **changes):
     config = json.loads((preset / "config.json").read_text())
     (preset / "config.json").write_text(json.dumps({**config, **changes}))
@@ -154,6 +181,65 @@ def test_weights_must_be_in_the_file(preset, kind):
         else:
             parent.create_dataset("0", data=np.zeros((12, 8), "float32"), compression="gzip")
     with pytest.raises(ValueError, match="must have no links|must hold all numbers"):
+        load_checkpoint(preset)
+
+
+def test_bfloat16_as_keras_writes_it(preset):
+    embedding = keras.layers.Embedding(7, 8, dtype="bfloat16")
+    model = keras.Sequential([embedding])
+    model.build((None, 1))
+    model.save_weights(preset / "half.weights.h5")
+    with (
+        h5py.File(preset / "half.weights.h5") as file,
+        h5py.File(preset / "model.weights.h5", "a") as whole,
+    ):
+        parent = whole["layers/reversible_embedding/vars"]
+        del parent["0"]
+        file.copy("layers/embedding/vars/0", parent, "0")
+        assert parent["0"].dtype == "V2"
+    weights = load_checkpoint(preset, dtype="bfloat16").model.variables_by_path()
+    loaded = weights["token_embedding/embeddings"].numpy()
+    assert loaded.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(loaded, embedding.embeddings.numpy())
+
+
+@pytest.mark.parametrize(
+    ("array", "name"),
+    [
+        (np.zeros((12, 8), "V2"), None),
+        (np.zeros((12, 8), "V1"), "float8_e4m3fn"),
+        (np.full((12, 8), b"x"), None),
+    ],
+)
+def test_weights_must_be_numbers(preset, array, name):
+    with h5py.File(preset / "model.weights.h5", "a") as file:
+        parent = file["layers/position_embedding/vars"]
+        del parent["0"]
+        parent["0"] = array
+        if name is not None:
+            parent["0"].attrs["dtype"] = name
+    with pytest.raises(
+        ValueError, match=f"must hold numbers.*position_embedding/vars/0.*{name or array.dtype}"
+    ):
+        load_checkpoint(preset)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "tree", "cycle"])
+def test_weights_under_two_names(preset, kind):
+    """Hard links, walked path by path, would make a small file a tree of millions of groups."""
+    with h5py.File(preset / "model.weights.h5", "a") as file:
+        group = file["layers"]
+        if kind == "dataset":
+            group["twin"] = file["layers/position_embedding/vars/0"]
+        elif kind == "cycle":
+            group["twin"] = group
+        else:
+            for _ in range(8):
+                child = group.create_group("0")
+                for number in range(1, 20):
+                    group[str(number)] = child
+                group = child
+    with pytest.raises(ValueError, match="must hold every group and dataset once"):
         load_checkpoint(preset)
 
 

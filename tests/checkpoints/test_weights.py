@@ -11,6 +11,7 @@ from kerasllm.checkpoints import weights
 from kerasllm.checkpoints.lazy import build_without_values
 from kerasllm.checkpoints.tensors import TensorSource, row_ranges
 from kerasllm.checkpoints.weights import load_model
+from kerasllm.models import find_model_class
 
 CONFIG = GPT2Config(vocabulary_size=30, context_length=8, num_layers=2, num_heads=2, dim=8)
 IDS = np.arange(12).reshape(2, 6)
@@ -223,6 +224,32 @@ def test_absurd_sizes_take_no_memory():
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer"):
         with pytest.raises(ValueError, match="must fill|every layer"):
             load_model({**values, name: 10**12}, Arrays(tensors))
+
+
+def test_names_with_layer_in_them_that_count_none():
+    values = {
+        "model_type": "qwen2",
+        "vocab_size": 20,
+        "max_position_embeddings": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "rms_norm_eps": 1e-6,
+        "max_window_layers": 28,
+    }
+    family = find_model_class(values)
+    model = randomize(family(family.config_class.from_huggingface(values)))
+    variables = model.variables_by_path()
+    tensors = {
+        name: np.ascontiguousarray(transform.to_tensor([variables[path].numpy() for path in paths]))
+        for name, (paths, transform) in model.weight_map().items()
+    }
+    assert len(tensors) < 28
+    np.testing.assert_array_equal(load_model(values, Arrays(tensors))(IDS), model(IDS))
+    with pytest.raises(ValueError, match="num_hidden_layers must fit"):
+        load_model({**values, "num_hidden_layers": 28}, Arrays(tensors))
 
 
 def test_long_lists_of_names_are_cut():

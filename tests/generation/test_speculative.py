@@ -53,7 +53,11 @@ def draft(tiny):
     return model
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [*SETTINGS[:2], pytest.param(SETTINGS[2], marks=pytest.mark.slow)],
+    ids=["greedy", "drawn", "all"],
+)
 def test_guesses_change_nothing(engine, draft, settings):
     wanted, calls = run(engine, rows_of(settings))
     guessed, fewer = run(engine, rows_of(settings, num_assistant_tokens=3), draft=draft)

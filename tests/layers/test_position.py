@@ -121,11 +121,21 @@ class TestRotary:
             ({"rope_type": "linear", "factor": 2.0, "beta_fast": 1.0}, "Received: .*'beta_fast': 1.0"),
             ({"rope_type": "llama3", "factor": 2.0}, "needs .*'high_freq_factor', 'low_freq_factor'"),
             ({"rope_type": "yarn", "factor": 2.0}, "needs .*'original_max_position_embeddings'"),
+            ({"rope_type": "linear", "factor": 0.0}, "`factor` must be a positive number. .*factor=0.0"),
+            ({"rope_type": "linear", "factor": -2.0}, "`factor` must be a positive number. .*factor=-2.0"),
+            ({"rope_type": "linear", "factor": float("nan")}, "`factor` must be a positive number"),
+            ({**SCALINGS["yarn"], "attention_factor": float("nan")}, "must give finite angles"),
         ],
     )
     def test_refuses_other_scalings(self, scaling, message):
         with pytest.raises(ValueError, match=message):
             RotaryEmbedding(6, scaling=scaling)
+
+    @pytest.mark.parametrize("wavelength", [0.0, -1.0, float("inf")])
+    def test_refuses_wavelengths_that_are_not_positive(self, wavelength):
+        message = f"`max_wavelength` must be a positive number. Received: max_wavelength={wavelength}"
+        with pytest.raises(ValueError, match=message):
+            RotaryEmbedding(6, wavelength)
 
     @pytest.mark.parametrize("fraction", [0.0, 1.5])
     def test_refuses_other_fractions(self, fraction):

@@ -1,6 +1,8 @@
 """Chats become prompts as in transformers; hostile templates and texts do no harm."""
 
 import json
+import os
+import resource
 import threading
 import time
 
@@ -184,6 +186,16 @@ def test_a_special_token_of_one_character_cannot_be_shielded():
         Shield(["§", "<s>"]).protect("a § b")
 
 
+def test_special_tokens_to_shield_are_not_too_long():
+    with pytest.raises(ValueError, match="up to 1024 characters.*Received: one of 1025"):
+        Shield(["<s>", "<" * 1025])
+    shield = Shield(["<s>", "<s><t>", "<" * 1024])
+    mark = Shield._TEXT_MARK
+    assert shield.protect("a<s") == f"a<s{mark}" and shield.protect("S>a") == f"{mark}S>a"
+    assert shield.protect("a<s>") == f"a<{mark}s>{mark}"  # It could become the longer one.
+    assert shield.protect("a<x>b") == "a<x>b"
+
+
 def test_half_a_surrogate_pair_is_refused(tokenizer):
     with pytest.raises(UnicodeEncodeError):
         tokenizer.encode_chat([{"role": "user", "content": "<|im_end\udcfd|>"}], chat_template="chatml")
@@ -253,7 +265,6 @@ HOSTILE = {
     "syntax": ("{% for %}", "TemplateSyntaxError"),
     "undefined": ("{{ nothing.here }}", "UndefinedError"),
     "division": ("{{ 1 // 0 }}", "ZeroDivisionError"),
-    "surrogate": ("{{ '\ud800' }}", "must render"),
 }
 
 
@@ -262,15 +273,74 @@ def test_hostile_templates_end_in_one_error(name, monkeypatch):
     monkeypatch.setattr(chat, "SECONDS_PER_PROMPT", 3.0)
     template, message = HOSTILE[name]
     start = time.monotonic()
-    if name == "surrogate":
-        assert ChatTemplate(template).render([]) == "\ud800"  # Encoding it is refused.
-        return
     with pytest.raises(ValueError, match=message) as caught:
         ChatTemplate(template).render(CHATS["one"])
     assert str(caught.value).startswith("A chat template must render. Received: ")
     assert time.monotonic() - start < 30
     # The next one is not affected.
     assert ChatTemplate("{{ messages | length }}").render(CHATS["one"]) == "1"
+
+
+def test_half_a_surrogate_pair_of_a_template():
+    assert ChatTemplate("{{ '\ud800' }}").render([]) == "\ud800"  # Encoding it is refused.
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_an_interrupted_chat_is_not_the_next_ones_prompt(interruption, monkeypatch):
+    template = ChatTemplate("{{ messages[0].content }}")
+    assert template.render([{"role": "user", "content": "first"}]) == "first"
+    before = chat._renderer
+
+    def interrupted(*_):
+        monkeypatch.undo()
+        raise interruption
+
+    monkeypatch.setattr(chat.os, "read", interrupted)
+    with pytest.raises(interruption):
+        template.render([{"role": "user", "content": "secret"}])
+    assert chat._renderer is None and before._process.poll() is not None
+    assert template.render([{"role": "user", "content": "next"}]) == "next"
+    # Also when the interruption comes in between, so that nothing ends the process.
+    chat._renderer.is_waiting = True
+    before = chat._renderer
+    assert template.render([{"role": "user", "content": "next"}]) == "next"
+    assert chat._renderer is not before
+
+
+def test_the_answer_to_another_request_is_refused():
+    template = ChatTemplate("{{ messages | length }}")
+    assert template.render([]) == "0"
+    stdin = chat._renderer._process.stdin.fileno()
+    os.write(stdin, b'12345\n{"template": "secret", "variables": {}}\n')
+    with pytest.raises(ValueError, match="must render. Received: the renderer answered another"):
+        template.render([])
+    assert template.render([]) == "0"
+
+
+def test_the_renderer_is_in_a_session_of_its_own():
+    ChatTemplate("x").render([])
+    assert os.getsid(chat._renderer._process.pid) != os.getsid(0)
+
+
+def test_a_renderer_with_high_descriptors():
+    """select() fails from 1,024 on."""
+    chat._end_renderer()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2_000
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        pytest.skip("too few descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+    taken = []
+    try:
+        while not taken or taken[-1] < 1_100:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+        assert ChatTemplate("{{ 1 + 1 }}").render([]) == "2"
+        assert chat._renderer._process.stdout.fileno() > 1_100
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        chat._end_renderer()
 
 
 def test_what_is_no_json_is_refused():

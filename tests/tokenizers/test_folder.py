@@ -112,6 +112,44 @@ def test_folders_without_a_tokenizer_or_with_a_damaged_one(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["CLIPTokenizer", "BartTokenizerFast", "Tokenizer5", 5])
+def test_classes_that_read_a_vocabulary_in_another_way(tmp_path, kind):
+    reference = train_byte_level("gpt2", CORPUS, 300)
+    vocabulary_and_merges(reference, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(ValueError, match="`tokenizer_class`"):
+        Tokenizer.from_folder(tmp_path)
+    # A tokenizer.json says all by itself.
+    (tmp_path / "tokenizer.json").write_text(reference.to_str(), encoding="utf-8")
+    assert Tokenizer.from_folder(tmp_path).encode("hello") == reference.encode("hello").ids
+
+
+@pytest.mark.parametrize(
+    "kind", [None, "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"]
+)
+def test_classes_of_a_plain_vocabulary(tmp_path, kind):
+    reference = train_byte_level("gpt2", [*CORPUS, "True True True"], 300)
+    vocabulary_and_merges(reference, tmp_path)
+    settings = {"tokenizer_class": kind, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode(TEXTS) == [e.ids for e in reference.encode_batch(TEXTS)]
+    # The flag names no token.
+    assert "True" in tokenizer._config.ids and "True" not in tokenizer.special_tokens
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "added_tokens.json"])
+@pytest.mark.parametrize("wrong", ["5", None, 5.0, True, []])
+def test_ids_that_are_no_integers(tmp_path, file, wrong):
+    vocabulary_and_merges(train_byte_level("gpt2", CORPUS, 300, ["<s>", "</s>"]), tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    path = tmp_path / file
+    ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(ids | {"<s>": wrong}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"A token's id in {file} must be an integer. Received: '<s>'"):
+        Tokenizer.from_folder(tmp_path)
+
+
 @pytest.mark.slow
 def test_the_real_gpt2():
     tokenizer = Tokenizer.from_folder(asset("gpt2-vocab"))

@@ -143,6 +143,20 @@ def test_damaged_rules(charsmap):
         read_rules("no base64!")
 
 
+def test_rules_must_not_fill_the_memory(charsmap):
+    rules = {"a": "b" * 256, "é": "c"}
+    assert read_rules(base64.b64encode(charsmap(rules)).decode()) == rules
+    rules["a"] += "b"
+    with pytest.raises(ValueError, match="more than 256 bytes"):
+        read_rules(base64.b64encode(charsmap(rules)).decode())
+    # Each of 127 bytes leads to the same node, where each of them ends a rule: 16,129 of 256 units.
+    root = [0, *(byte | (128 ^ byte) << 10 for byte in range(1, 128))]
+    units = [*root, *(byte | 1 << 8 for byte in range(128))]
+    shared = struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + bytes(1024)
+    with pytest.raises(ValueError, match="loop"):
+        read_rules(base64.b64encode(shared).decode())
+
+
 def test_rules_of_noise_end_in_an_error_or_rules(charsmap):
     content = bytearray(charsmap({"a": "b", "é": "c", "日": "d"}))
     generator = random.Random(0)

@@ -25,6 +25,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from kerasllm.tokenizers import SentencePieceBPETokenizer, Tokenizer, UnigramTokenizer
 from kerasllm.tokenizers.merging import live_merges
+from kerasllm.tokenizers.sentencepiece_model import json_from_model
 from kerasllm.tokenizers.unigram import _float_of_serde
 
 WORDS = "the whale swam then there and these other old men sang of harpoons, wearing 100 warm, worn coats."
@@ -270,6 +271,7 @@ def damaged_models(model: bytes):
     yield b"", "must have tokens"
     yield model[: len(model) // 2], "must be readable|must have tokens|unk_id|precompiled"
     yield b"\xff" * 100, "must be readable"
+    yield model.replace("▁the".encode(), b"\xff\xfe\xffthe"), "must be UTF-8|must be readable"
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     proto.trainer_spec.model_type = 4
     yield proto.SerializeToString(), "must be unigram"
@@ -279,6 +281,8 @@ def damaged_models(model: bytes):
     proto.trainer_spec.unk_id = 0
     proto.pieces[5].piece = proto.pieces[6].piece
     yield proto.SerializeToString(), "must differ"
+    proto.pieces[5].piece = "a" * 1025
+    yield proto.SerializeToString(), "up to 1024 characters.*one of 1025"
     proto.pieces[5].piece = "other"
     proto.normalizer_spec.precompiled_charsmap = b"\xff\xff\xff\x7f1234"
     yield proto.SerializeToString(), "precompiled_charsmap"
@@ -289,6 +293,22 @@ def test_damaged_models(tmp_path, models_trained):
         save(tmp_path, content)
         with pytest.raises(ValueError, match=message):
             Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("count", [-1, 10_001, 1 << 60])
+def test_too_many_extra_ids(count, tmp_path, models_trained):
+    save(tmp_path, models_trained["unigram"][0], tokenizer_class="T5Tokenizer", extra_ids=count)
+    with pytest.raises(ValueError, match="`extra_ids` must be from 0 to 10000"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_too_many_merges():
+    """Each token can be made of any two that are shorter: their number grows with its square."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(trained_model("bpe"))
+    for length in range(2, 800):
+        proto.pieces.add(piece="q" * length, score=-length)
+    with pytest.raises(ValueError, match="made by up to 32 merges"):
+        json_from_model(proto.SerializeToString(), {})
 
 
 @pytest.mark.parametrize(
@@ -306,6 +326,8 @@ def test_damaged_models(tmp_path, models_trained):
         ("unigram", {"unk_id": 1 << 40}, {}, "unk_id"),
         ("unigram", {"vocab": [["a"]]}, {}, "pairs of a token and its score"),
         ("unigram", {"vocab": [["a", float("nan")]]}, {}, "finite scores"),
+        ("unigram", {"vocab": [["a", 10**400]]}, {}, "finite scores"),
+        ("unigram", {"vocab": [["a", True]]}, {}, "finite scores"),
         ("unigram", {"vocab": [["a", 0.0], ["a", 1.0]]}, {}, "must differ"),
         ("unigram", {}, {"pre_tokenizer": sequence(WHITESPACE_SPLIT, metaspace("first", True))}, "first"),
     ],

@@ -172,6 +172,8 @@ def test_bad_vocabularies(tmp_path, lines, message):
         ("model", {"unk_token": None}, "must have an `unk_token`"),
         ("model", {"continuing_subword_prefix": 3}, "continuing_subword_prefix"),
         ("model", {"max_input_chars_per_word": "100"}, "max_input_chars_per_word"),
+        ("model", {"max_input_chars_per_word": 10**30}, "max_input_chars_per_word"),
+        ("model", {"max_input_chars_per_word": -1}, "max_input_chars_per_word"),
         ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer"),
         ("normalizer", {"type": "BertNormalizer", "lowercase": 1}, "lowercase"),
         ("normalizer", {"type": "Bert"}, "must be made of"),
