@@ -42,11 +42,13 @@ class Checkpoint(NamedTuple):
         model: The model.
         tokenizer: Its tokenizer, or None if there is none.
         generation: The content of `generation_config.json`; empty if there is none.
+        pooling: How an embedder pools hidden states, as in `TextEmbedder`, or None if nothing is said.
     """
 
     model: LanguageModel
     tokenizer: Tokenizer | None
     generation: dict[str, Any]
+    pooling: str | None = None
 
 
 # Writing

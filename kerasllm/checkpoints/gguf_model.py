@@ -22,6 +22,8 @@ _SAYS_NOTHING = frozenset(
     "vocab_size pooling_type rope.scaling.type rope.scaling.factor rope.scaling.finetuned "
     "rope.scaling.original_context_length".split()
 )
+# llama.cpp's numbers of poolings: what `TextEmbedder` calls them.
+_POOLINGS = {0: None, 1: "mean", 2: "cls", 3: "last"}
 # Metadata that must be the width of a head.
 _HEAD_WIDTHS = ("rope.dimension_count", "attention.value_length")
 # Factors by which rotary frequencies are divided; they stand for a kind of scaling in config.json.
@@ -167,7 +169,16 @@ def load_gguf(
         values = huggingface_config(file)
         model = load_model(values, _NamedTensors(file, architecture, values), head, dtype)
         tokenizer, generation = read_tokenizer(file.metadata)
-    return Checkpoint(model, tokenizer, generation)
+        pooling = _read_pooling(file)
+    return Checkpoint(model, tokenizer, generation, pooling)
+
+
+def _read_pooling(file: GGUFFile) -> str | None:
+    key = f"{file.metadata['general.architecture']}.pooling_type"
+    kind = file.metadata.get(key, 0)
+    if not isinstance(kind, int) or kind not in _POOLINGS:
+        raise ValueError(f"{key} must be one of {_POOLINGS}. Received: {reprlib.repr(kind)}")
+    return _POOLINGS[kind]
 
 
 def _find_architecture(file: GGUFFile) -> _Architecture:

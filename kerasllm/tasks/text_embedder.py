@@ -241,6 +241,8 @@ class TextEmbedder(TextTask):
     def _from_checkpoint(cls, checkpoint: Checkpoint, **settings) -> "TextEmbedder":
         if (length := settings.get("max_length")) is not None:
             settings["max_length"] = min(length, checkpoint.model.config.context_length)
+        if checkpoint.pooling is not None:
+            settings.setdefault("pooling", checkpoint.pooling)
         return cls(checkpoint.model, checkpoint.tokenizer, **settings)
 
 

@@ -35,7 +35,7 @@ def make_model(**changes):
 def test_round_trip(tmp_path, changes):
     model = make_model(**changes)
     save_folder(tmp_path, model, None)
-    loaded, tokenizer, generation = load_folder(tmp_path)
+    loaded, tokenizer, generation, _ = load_folder(tmp_path)
     assert loaded.config == model.config
     assert tokenizer is None and generation == {}
     np.testing.assert_array_equal(loaded(IDS), model(IDS))

@@ -10,6 +10,7 @@ from kerasllm.checkpoints.gguf_file import GGUFFile
 from kerasllm.checkpoints.gguf_model import huggingface_config, load_gguf
 from kerasllm.checkpoints.gguf_tokenizer import tokenizer_json
 from kerasllm.models import find_model_class
+from kerasllm.tasks import TextEmbedder
 
 IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 _SIZES = {
@@ -109,7 +110,7 @@ def test_decoders(tmp_path, name):
     architecture, values, metadata = DECODERS[name]
     model = make_model({**_SIZES, **values})
     path = write_model(tmp_path / "x.gguf", model, architecture, {**_METADATA, **metadata})
-    loaded, tokenizer, generation = load_checkpoint(path)
+    loaded, tokenizer, generation, _ = load_checkpoint(path)
     assert tokenizer is None and generation == {}
     assert loaded.config.huggingface_type == values["model_type"]
     np.testing.assert_allclose(loaded(IDS), model(IDS), atol=1e-5)
@@ -156,11 +157,15 @@ def test_bert(tmp_path):
         "attention.head_count": 4,
         "attention.layer_norm_epsilon": 1e-6,
         "attention.causal": False,
-        "pooling_type": 1,
+        "pooling_type": 2,
     }
-    loaded = load_gguf(write_model(tmp_path / "x.gguf", model, "bert", metadata)).model
-    assert loaded.head is None
+    loaded, _, _, pooling = load_gguf(write_model(tmp_path / "x.gguf", model, "bert", metadata))
+    assert loaded.head is None and pooling == "cls"
     np.testing.assert_allclose(loaded(IDS), model(IDS), atol=1e-5)
+    assert TextEmbedder.from_pretrained(tmp_path / "x.gguf").pooling == "cls"
+    ranker = write_model(tmp_path / "y.gguf", model, "bert", {**metadata, "pooling_type": 4})
+    with pytest.raises(ValueError, match="bert.pooling_type must be one of .* Received: 4"):
+        load_gguf(ranker)
 
 
 def test_quantised_weights(tmp_path):

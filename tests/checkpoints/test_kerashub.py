@@ -61,7 +61,7 @@ def preset(tmp_path):
 
 
 def test_layouts(preset):
-    model, tokenizer, generation = load_checkpoint(preset)
+    model, tokenizer, generation, _ = load_checkpoint(preset)
     assert tokenizer is None and generation == {}
     weights = model.variables_by_path()
     with h5py.File(preset / "model.weights.h5") as file:
