@@ -14,6 +14,7 @@ def text(tmp_path_factory, stories):
     return path
 
 
+@pytest.mark.slow  # continuous integration runs tools/quickstart itself
 @pytest.mark.timeout(600)
 def test_every_stop_gives_the_same_tokens(tmp_path, text, capsys):
     """The whole main job, with a training of a few steps, on a text of the user's."""
