@@ -2,9 +2,11 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
 from kerasllm import GenerationConfig
+from kerasllm.generation.processors import settings_arrays
 
 
 @pytest.mark.parametrize(
@@ -143,3 +145,18 @@ def test_end_ids():
     assert GenerationConfig().end_ids(None) == ()
     assert GenerationConfig(eos_token_id=[5, 6], stop_token_ids=[6, 7]).end_ids(4) == (5, 6, 7)
     assert GenerationConfig(eos_token_id=(), stop_token_ids=3).end_ids(4) == (3,)
+
+
+def test_whole_numbers_of_any_kind():
+    config = GenerationConfig(seed=np.int64(3), top_k=np.int32(4))
+    assert (config.seed, config.top_k) == (3, 4) and type(config.seed) is int
+    for settings in ({"top_k": 2**40}, {"seed": 2**31}, {"num_beams": 1.5}):
+        with pytest.raises(ValueError, match="must be an integer of 32 bits"):
+            GenerationConfig(**settings)
+    with pytest.raises(ValueError, match="`early_stopping` must be"):
+        GenerationConfig(early_stopping=1)
+
+
+def test_end_tokens_must_be_tokens_of_the_model():
+    with pytest.raises(ValueError, match=r"must be tokens of the model, which are 60. Received: \[60\]"):
+        settings_arrays([GenerationConfig()], [(7, 60)], 60)

@@ -233,6 +233,14 @@ def test_full_results(random_lm):
     np.testing.assert_allclose(np.exp(list(many.values())).sum(), 1, rtol=1e-4)
 
 
+def test_settings_that_would_do_nothing(random_lm):
+    for settings in ({"top_p": 0.5}, {"top_k": 3, "min_p": 0.1}):
+        with pytest.raises(ValueError, match="needs a `temperature` above 0"):
+            random_lm.generate("a", 2, **settings)
+    greedy = random_lm.generate("a", 2, temperature=0, top_p=0.5)
+    assert random_lm.generate("a", 2, top_k=0, top_p=1.0) == greedy
+
+
 def test_token_ids_in_and_out(random_lm):
     ids = random_lm.tokenizer.encode("Once upon")
     assert random_lm.generate(ids, 5) == random_lm.generate("Once upon", 5)
