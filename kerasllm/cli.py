@@ -298,11 +298,10 @@ def _fill_mask(arguments) -> int:
 
 def _convert(arguments) -> int:
     from kerasllm.checkpoints import convert
-    from kerasllm.checkpoints.hub import download
+    from kerasllm.checkpoints.load import find_checkpoint
     from kerasllm.tasks import TextEmbedder
 
-    path = pathlib.Path(arguments.source)
-    path = path if path.exists() else download(arguments.source)
+    path = find_checkpoint(arguments.source)
     if (path / "modules.json").is_file():  # of sentence-transformers: with its pooling and prompts
         written = TextEmbedder.from_pretrained(path, arguments.dtype).save_pretrained(arguments.path)
     else:

@@ -11,6 +11,24 @@ from kerasllm.checkpoints.kerashub import is_kerashub_preset, load_kerashub
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+def find_checkpoint(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+    """Returns where a checkpoint lies, fetched from a hub if it is not here.
+
+    Args:
+        source, revision: As in `load_checkpoint`.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If a revision is given of what is here.
+    """
+    path = pathlib.Path(source)
+    if not path.exists():
+        return download(str(source), revision)
+    if revision is not None:
+        raise ValueError(f"`revision` is for the hub; {path} is here. Received: revision={revision!r}")
+    return path
+
+
 def load_checkpoint(
     source: str | os.PathLike,
     head: str | None = "default",
@@ -36,11 +54,7 @@ def load_checkpoint(
         ValueError: If a file is damaged, the family is unknown, or weights are missing, left over, pickled
             or of another shape.
     """
-    path = pathlib.Path(source)
-    if not path.exists():
-        path = download(str(source), revision)
-    elif revision is not None:
-        raise ValueError(f"`revision` is for the hub; {path} is here. Received: revision={revision!r}")
+    path = find_checkpoint(source, revision)
     if path.is_file():
         if path.suffix in _PICKLE:
             raise ValueError(pickle_message([path.name]))
@@ -66,7 +80,7 @@ def convert(source: str | os.PathLike, folder: str | os.PathLike, dtype: str | N
     Raises:
         FileNotFoundError, ValueError: As in `load_checkpoint`.
     """
-    path = pathlib.Path(source) if pathlib.Path(source).exists() else download(str(source))
+    path = find_checkpoint(source)
     if (path / "modules.json").is_file():
         raise ValueError(
             "A model of sentence-transformers is more than its checkpoint: convert it with "

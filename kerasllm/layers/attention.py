@@ -14,7 +14,7 @@ from keras import ops
 
 from kerasllm.layers.norm import RMSNorm
 from kerasllm.layers.position import RotaryEmbedding
-from kerasllm.layers.shapes import flatten, unflatten
+from kerasllm.layers.shapes import flatten
 from kerasllm.layers.xla import is_traced_for_xla
 
 # Added to a score that must not count. Large enough that its exponential is exactly 0 in float32, and
@@ -126,16 +126,15 @@ def _write_cache(cache, keys, values, index):
         The cache; its keys; its transposed values.
     """
     new = (ops.cast(keys, cache[0].dtype), ops.cast(values, cache[1].dtype))
-    if not is_traced_for_xla():
-        cache = tuple(_write(*pair, index, axis) for *pair, axis in zip(cache, new, (2, 3), strict=True))
-        return cache, *cache
-    new = swap_cache_layout(new)
-    if not isinstance(index, int) and len(index.shape) == 1:
+    axes, in_xla = (2, 3), is_traced_for_xla()
+    if in_xla:
+        new, axes = swap_cache_layout(new), (3, 2)
+    if in_xla and not isinstance(index, int) and len(index.shape) == 1:
         # XLA writes single tokens in place. Elsewhere that copies the cache, and `_write` is quicker.
         cache = _write_rows(cache, new, index)
     else:
-        cache = tuple(_write(*pair, index, axis) for *pair, axis in zip(cache, new, (3, 2), strict=True))
-    return cache, *swap_cache_layout(cache)
+        cache = tuple(_write(*pair, index, axis) for *pair, axis in zip(cache, new, axes, strict=True))
+    return cache, *(swap_cache_layout(cache) if in_xla else cache)
 
 
 def _write(cache, new, index, axis):
@@ -563,7 +562,7 @@ class MultiHeadAttention(keras.layers.Layer):
         mixed = ops.reshape(mixed, (-1, self.num_heads, length, self.head_dim))
         mixed = ops.transpose(mixed, (0, 2, 1, 3))
         mixed = self.output_dense(ops.reshape(mixed, (-1, self.num_heads * self.head_dim)))
-        output = self.output_dropout(unflatten(mixed, x), training=training)
+        output = self.output_dropout(ops.reshape(mixed, (-1, length, self.dim)), training=training)
         return output if cache_index is None else (output, cache)
 
     def _bias(self, query_index, length, key_length, attention_mask, position_bias, group):

@@ -163,6 +163,11 @@ class GeneratingTask(Task):
             Row(start, self._fit(config, start, max_new_tokens), self._end_ids(config))
             for start, config in zip(starts, configs, strict=True)
         ]
+        if assistant_model is not None and any(config.prompt_lookup_num_tokens for config in configs):
+            raise ValueError(
+                "Guesses come from an `assistant_model` or from the text. Received both: "
+                "prompt_lookup_num_tokens is not 0"
+            )
         given = {"json_schema": json_schema, "regex": regex, "grammar": grammar, "choices": choices}
         wanted = self._wanted_constraints(len(prompts), given, constraints)
         if configs[0].num_beams > 1:
@@ -188,7 +193,7 @@ class GeneratingTask(Task):
             logprobs=logprobs,
             stream=stream,
             extra=self._extra([row for row in ids for _ in range(n)]),
-            draft=self._draft(assistant_model, any(c.prompt_lookup_num_tokens for c in configs)),
+            draft=self._draft(assistant_model),
         )
 
     # What a kind of task may change
@@ -217,14 +222,9 @@ class GeneratingTask(Task):
 
     # The parts of a call
 
-    def _draft(self, assistant_model: Task | None, prompt_lookup: bool) -> LanguageModel | None:
+    def _draft(self, assistant_model: Task | None) -> LanguageModel | None:
         if assistant_model is None:
             return None
-        if prompt_lookup:
-            raise ValueError(
-                "Guesses come from an `assistant_model` or from the text. Received both: "
-                "prompt_lookup_num_tokens is not 0"
-            )
         own, other = self._require_tokenizer(), assistant_model._require_tokenizer()
         if own is not other and not _same_tokens(own, other):
             raise ValueError(

@@ -155,7 +155,7 @@ class Seq2SeqLM(TokenWeightedTraining, GeneratingTask):
             )
         return configs
 
-    def _draft(self, assistant_model: Task | None, prompt_lookup: bool) -> LanguageModel | None:
+    def _draft(self, assistant_model: Task | None) -> LanguageModel | None:
         if assistant_model is not None:
             raise ValueError(
                 "`assistant_model` is for models that continue a text; an encoder-decoder can look guesses "

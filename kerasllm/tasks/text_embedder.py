@@ -13,7 +13,7 @@ from keras import ops
 
 from kerasllm.checkpoints import Checkpoint, load_checkpoint, save_folder
 from kerasllm.checkpoints.folder import read_json
-from kerasllm.checkpoints.hub import download
+from kerasllm.checkpoints.load import find_checkpoint
 from kerasllm.models import LanguageModel
 from kerasllm.tasks.texts import TextTask
 from kerasllm.tokenizers import Tokenizer
@@ -229,13 +229,10 @@ class TextEmbedder(TextTask):
             FileNotFoundError: If there is no such checkpoint.
             ValueError: If a file is damaged or asks for what is not done here.
         """
-        path = pathlib.Path(source)
-        if not path.exists():
-            path, revision = download(str(source), revision), None
-        settings = {}
+        path, settings = find_checkpoint(source, revision), {}
         if (path / _MODULES).is_file():
             path, settings = _read_modules(path)
-        return cls._from_checkpoint(load_checkpoint(path, cls.head, dtype, revision), **settings)
+        return cls._from_checkpoint(load_checkpoint(path, cls.head, dtype), **settings)
 
     @classmethod
     def _from_checkpoint(cls, checkpoint: Checkpoint, **settings) -> "TextEmbedder":
