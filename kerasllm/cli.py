@@ -138,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     model_argument(command)
     texts_argument(command, "texts to classify")
     command.add_argument("--top-k", type=int, default=1, help="labels to print (default: %(default)s)")
+    command.add_argument(
+        "--max-length",
+        type=int,
+        metavar="TOKENS",
+        help="cut longer texts (default: refuse what does not fit)",
+    )
 
     command = add("fill-mask", _fill_mask, "say what stands at the masks of texts")
     model_argument(command)
@@ -281,7 +287,8 @@ def _embed(arguments) -> int:
 
 def _classify(arguments) -> int:
     model, texts = _load(arguments, "text-classification"), _texts(arguments)
-    for text, scores in zip(texts, model.classify(texts, top_k=arguments.top_k), strict=True):
+    results = model.classify(texts, top_k=arguments.top_k, max_length=arguments.max_length)
+    for text, scores in zip(texts, results, strict=True):
         print("  ".join(f"{score['label']} {score['score']:.4f}" for score in scores) + f"  {text}")
     return 0
 

@@ -125,4 +125,7 @@ class Generator:
         Returns:
             The continuation.
         """
-        return self.tokenizer.decode(self.generate_ids(prompt, max_new_tokens))
+        before = self.tokenizer.encode(prompt).ids
+        whole = self.tokenizer.decode(before + self.generate_ids(prompt, max_new_tokens))
+        # Together, for a tokenizer may drop the space that begins a text, which this is not.
+        return whole[len(self.tokenizer.decode(before)) :]

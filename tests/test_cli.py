@@ -123,6 +123,15 @@ class TestEncoders:
         printed = capsys.readouterr().out.splitlines()
         assert [line.split("  ")[0] for line in printed] == expected
         assert [line.split("  ")[1] for line in printed] == ["a nice film", "awful"]
+        long = "a nice film " * config.context_length
+        assert main(["classify", path, long, "--top-k", "2"]) == 1
+        assert "context" in capsys.readouterr().err
+        assert main(["classify", path, long, "--top-k", "2", "--max-length", "5"]) == 0
+        labels = model.classify(long, max_length=5)
+        expected = [f"{label['label']} {label['score']:.4f}" for label in labels]
+        assert capsys.readouterr().out.split("  ")[:2] == expected
+        classify = pipeline("text-classification", path)
+        assert classify(long, max_length=5) == labels
 
     def test_a_model_for_another_task(self, path, capsys):
         assert main(["generate", path, "the"]) == 1

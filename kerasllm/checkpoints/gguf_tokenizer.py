@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kerasllm.tokenizers import Tokenizer
+from kerasllm.tokenizers.json_fields import LONGEST_TOKEN
 
 _PREFIX = "tokenizer.ggml."
 # Hugging Face's names of special tokens to llama.cpp's, which are not all spelled right.
@@ -26,8 +27,6 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _BEGIN_WITH_BOS = ("llama3", "llama-v3", "llama-bpe")
 # Ends of a text, of a turn and of a message: generation stops at each.
 _ENDS = ("eos", "eot", "eom")
-# Every cut of a token is looked up, which takes the square of its length.
-MAX_TOKEN_LENGTH = 2048
 
 # Of a vocabulary, an error message shows the beginning.
 _short = reprlib.repr
@@ -259,9 +258,10 @@ def _bpe(vocabulary: dict[str, int], merges: list[list[str]], **settings) -> dic
 def _sentencepiece_bpe(vocabulary: _Vocabulary) -> dict[str, Any]:
     """SentencePiece's BPE, as Llama's and Gemma's: what merges first is the token with the best score."""
     ids = vocabulary.ids()
-    if (length := max(map(len, ids), default=0)) > MAX_TOKEN_LENGTH:
+    # Every cut of a token is looked up.
+    if (length := max(map(len, ids), default=0)) > LONGEST_TOKEN:
         raise ValueError(
-            f"{_PREFIX}tokens must have at most {MAX_TOKEN_LENGTH} characters each. Received: {length}"
+            f"{_PREFIX}tokens must have up to {LONGEST_TOKEN} characters each. Received: one of {length}"
         )
     pairs = []
     for token, number in ids.items():

@@ -336,7 +336,7 @@ def load_kerashub(
         dtype: Keras dtype policy of the model. None: Keras's default.
 
     Returns:
-        The model and its tokenizer.
+        The model with its tokenizer and, of a Llama 3, the tokens that end a text.
 
     Raises:
         FileNotFoundError: If the weights are missing.
@@ -352,7 +352,7 @@ def load_kerashub(
     with _H5Weights(folder / _WEIGHTS, values, backbone) as source:
         values.setdefault("tie_word_embeddings", "lm_head.weight" not in source.shapes)
         model = load_model(values, source, head, dtype)
-    return Checkpoint(model, _read_tokenizer(folder, backbone), {})
+    return Checkpoint(model, *_read_tokenizer(folder, backbone))
 
 
 def _read_config(folder: pathlib.Path) -> tuple[Values, _Backbone]:
@@ -481,11 +481,14 @@ def _find_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
     return found
 
 
-def _read_tokenizer(folder: pathlib.Path, backbone: _Backbone) -> Tokenizer | None:
-    """The tokenizer, read from its assets under the names that they have in Hugging Face's layout."""
+def _read_tokenizer(folder: pathlib.Path, backbone: _Backbone) -> tuple[Tokenizer | None, Values]:
+    """The tokenizer, and what generation_config.json would say of its tokens.
+
+    It is read from its assets under the names that they have in Hugging Face's layout.
+    """
     assets = folder / _ASSETS
     if not all((assets / name).is_file() for name in backbone.assets):
-        return None
+        return None, {}
     settings = dict(backbone.tokenizer)
     if (folder / "tokenizer.json").is_file():
         given = read_json(folder / "tokenizer.json").get("config")
@@ -497,10 +500,10 @@ def _read_tokenizer(folder: pathlib.Path, backbone: _Backbone) -> Tokenizer | No
         for name, new_name in backbone.assets.items():
             shutil.copyfile(assets / name, pathlib.Path(temporary, new_name))
         pathlib.Path(temporary, "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        return Tokenizer.from_folder(temporary)
+        return Tokenizer.from_folder(temporary), {}
 
 
-def _read_llama3_tokenizer(assets: pathlib.Path, settings: Values) -> Tokenizer | None:
+def _read_llama3_tokenizer(assets: pathlib.Path, settings: Values) -> tuple[Tokenizer | None, Values]:
     """The tokenizer of Llama 3, whose files say neither how it cuts texts nor which tokens are special."""
     ids = read_json(assets / "vocabulary.json")
     tokens = sorted(ids, key=lambda token: ids[token] if isinstance(ids[token], int) else -1)
@@ -519,8 +522,11 @@ def _read_llama3_tokenizer(assets: pathlib.Path, settings: Values) -> Tokenizer 
         "token_type": np.array([control if is_special(token) else normal for token in tokens]),
         "merges": merges,
     }
-    for name in ("bos", "eos"):
-        if (token := settings[f"{name}_token"]) in ids:
+    # An instruct model ends its answer with the end of a turn, or of a message that calls a tool.
+    named = {"bos": settings["bos_token"], "eos": settings["eos_token"]}
+    named |= {"eot": "<|eot_id|>", "eom": "<|eom_id|>"}
+    for name, token in named.items():
+        if token in ids:
             metadata[f"{name}_token_id"] = ids[token]
     # Said in llama.cpp's words, which name the same pre-tokenizer.
-    return read_tokenizer({f"tokenizer.ggml.{name}": value for name, value in metadata.items()})[0]
+    return read_tokenizer({f"tokenizer.ggml.{name}": value for name, value in metadata.items()})

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -244,10 +245,12 @@ class GenerationConfig:
             values: The parsed file.
 
         Returns:
-            The config.
+            The config. Of a file that asks for beams of drawn tokens, which are not offered, one that
+            draws without beams; a warning says so.
 
         Raises:
-            ValueError: If the file asks for something that would change the tokens and is not offered.
+            ValueError: If the file asks for something else that would change the tokens and is not
+                offered.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         given = {name: value for name, value in values.items() if value is not None}
@@ -275,6 +278,16 @@ class GenerationConfig:
                 )
         if given.get("do_sample", False):
             known = {**_SAMPLING_DEFAULTS, **known}
+            known.pop("penalty_alpha", None)  # transformers does not look at it either
+            beams = known.get("num_beams")
+            if isinstance(beams, int) and beams > 1:
+                del known["num_beams"]
+                warnings.warn(
+                    "A generation_config.json asks for beams of drawn tokens, which are not offered here: "
+                    "tokens are drawn, and `num_beams` is left out. "
+                    f"Received: do_sample=True, num_beams={beams}",
+                    stacklevel=2,
+                )
         else:  # then transformers looks at none of them, but for contrastive search's candidates
             for name in _SAMPLING_NAMES:
                 if name != "top_k" or not known.get("penalty_alpha"):
@@ -284,25 +297,35 @@ class GenerationConfig:
 
 def _integer(name: str, value: Any) -> int:
     """A whole number of any kind, NumPy's too, as the tensors hold them."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
+    number = _whole_number(value)
     if number is None or not -(2**31) <= number < 2**31:
         raise ValueError(f"`{name}` must be an integer of 32 bits. Received: {name}={value!r}")
     return number
 
 
+def _whole_number(value: Any) -> int | None:
+    """Python's integer for one of any kind; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def _tuple_of(kind: type, name: str, values: Any) -> tuple:
     """One value or several as a tuple."""
-    values = (values,) if isinstance(values, kind) else values
+    read = _whole_number if kind is int else _text
     is_sequence = isinstance(values, Iterable) and not isinstance(values, (str, bytes))
-    values = tuple(values) if is_sequence else None
-    if values is None or not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
+    several = [values] if read(values) is not None or not is_sequence else values
+    result = tuple(map(read, several))
+    if None in result:
         raise ValueError(f"`{name}` must hold {kind.__name__} values. Received: {name}={values!r}")
-    if kind is int and any(value < 0 for value in values):
+    if kind is int and any(value < 0 for value in result):
         raise ValueError(f"`{name}` must hold ids, which are not negative. Received: {name}={values!r}")
-    return values
+    return result
 
 
 def _read_bias(bias: Mapping | None) -> dict[int, float] | None:

@@ -33,12 +33,18 @@ class Row:
         config: How.
         end_ids: The ids that end the row.
         copy: Rows of one seed that differ in it draw unlike tokens.
+        continues_text: Whether the new tokens go on in the prompt's text, or begin one of their own.
     """
 
     prompt: Sequence[int]
     config: GenerationConfig
     end_ids: tuple[int, ...] = ()
     copy: int = 0
+    continues_text: bool = True
+
+    def text_before(self) -> Sequence[int]:
+        """The ids that the text of the new tokens goes on from."""
+        return self.prompt if self.continues_text else ()
 
 
 def bucket(size: int, smallest: int = 1, limit: int | None = None) -> int:

@@ -152,7 +152,7 @@ class TextGenerator(tf.Module):
             token_ids, max_new_tokens, temperature, top_k, top_p, seed
         )
         ragged = tf.RaggedTensor.from_tensor(generated, lengths=num_tokens)
-        text = self.tokenizer.detokenize(ragged, skip_special_tokens=True)
+        text = self.tokenizer.detokenize(ragged, skip_special_tokens=True, after=token_ids)
         return {"text": text, "token_ids": generated, "num_tokens": num_tokens}
 
     def _settings(self, count: tf.Tensor) -> RowSettings:

@@ -78,7 +78,9 @@ def run(
         raise ValueError("Stop strings, streaming and constraints need a tokenizer. Received: none.")
     if constraints and (draft is not None or any(row.config.prompt_lookup_num_tokens for row in rows)):
         raise ValueError("Constraints look at each token as it comes, so tokens cannot be guessed.")
-    streams = [TextStream(tokenizer, row.config.stop_strings) for row in rows] if watched else None
+    streams = None
+    if watched:
+        streams = [TextStream(tokenizer, row.config.stop_strings, row.text_before()) for row in rows]
     steps = 1 if stream or constraints else _STOP_STRING_STEPS if watched else _UNWATCHED_STEPS
     vocabulary = engine.model.config.vocabulary_size
 
@@ -114,7 +116,7 @@ def run(
     texts = [text_stream.text for text_stream in streams] if watched else None
     ids = [batch.new_ids(number)[:count] for number, count in enumerate(seen)]
     if texts is None:
-        texts = [None] * len(rows) if tokenizer is None else tokenizer.decode(ids)
+        texts = _texts(tokenizer, ids, rows)
     return [
         _completion(batch, number, texts[number], ids[number], stopped[number], logprobs)
         for number in range(len(rows))
@@ -139,12 +141,17 @@ def run_beams(
     """
     beams = [row_beams[:count] for row_beams in search_beams(engine, rows, extra)]
     ids = [beam.token_ids for row_beams in beams for beam in row_beams]
-    limits = [row.config.max_new_tokens for row in rows for _ in range(count)]
-    texts = [None] * len(ids) if tokenizer is None else tokenizer.decode(ids)
+    rows = [row for row in rows for _ in range(count)]
     return [
-        Completion(text, row_ids, "length" if len(row_ids) == limit else "stop")
-        for text, row_ids, limit in zip(texts, ids, limits, strict=True)
+        Completion(text, row_ids, "length" if len(row_ids) == row.config.max_new_tokens else "stop")
+        for text, row_ids, row in zip(_texts(tokenizer, ids, rows), ids, rows, strict=True)
     ]
+
+
+def _texts(tokenizer: Tokenizer | None, ids: list[list[int]], rows: Sequence[Row]) -> list[str | None]:
+    if tokenizer is None:
+        return [None] * len(rows)
+    return tokenizer.decode(ids, after=[row.text_before() for row in rows])
 
 
 def _completion(batch: Batch, number: int, text, ids, stopped, logprobs: int | None) -> Completion:

@@ -44,14 +44,15 @@ class TextStream:
     Args:
         tokenizer: The tokenizer.
         stop_strings: The text ends before the first of these.
+        after: The ids that the text goes on from; empty: it begins.
 
     Attributes:
         text: What has been given out.
         stopped: Whether a stop string has come.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
-        self._decoder = StreamingDecoder(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), after: Sequence[int] = ()):
+        self._decoder = StreamingDecoder(tokenizer, after=after)
         self._stop_strings = stop_strings
         self._waiting = ""  # what may yet turn into a stop string
         self.text = ""

@@ -74,7 +74,8 @@ class GeneratingTask(Task):
 
         Args:
             prompts: A text, or token ids, or several of these. They may differ in length; each result is
-                what the prompt alone would give.
+                what the prompt alone would give. A special token or a chat's mark that is spelled out in
+                a text is plain text there, for prompts are not trusted; messages are for `chat`.
             max_new_tokens: Most tokens to generate. None: the config's number, or less where the
                 context ends before.
             n: How many results for each prompt: as many draws, or the best beams of a beam search.
@@ -160,7 +161,12 @@ class GeneratingTask(Task):
         ids = self._encode_prompts(prompts)
         starts = self._starts(ids)
         rows = [
-            Row(start, self._fit(config, start, max_new_tokens), self._end_ids(config))
+            Row(
+                start,
+                self._fit(config, start, max_new_tokens),
+                self._end_ids(config),
+                continues_text=self.continues_prompts,
+            )
             for start, config in zip(starts, configs, strict=True)
         ]
         if assistant_model is not None and any(config.prompt_lookup_num_tokens for config in configs):

@@ -340,13 +340,21 @@ class Tokenizer(tf.Module):
 
     # Ids to text
 
-    def detokenize(self, ids: tf.Tensor | tf.RaggedTensor, skip_special_tokens: bool = True) -> tf.Tensor:
+    def detokenize(
+        self,
+        ids: tf.Tensor | tf.RaggedTensor,
+        skip_special_tokens: bool = True,
+        after: tf.Tensor | tf.RaggedTensor | None = None,
+    ) -> tf.Tensor:
         """Turns ids into texts with TensorFlow ops.
 
         Args:
             ids: `[batch, length]` integers, dense or ragged. As in Hugging Face's `decode`, an id
                 outside of the vocabulary has no text, so that rows may be padded with -1.
             skip_special_tokens: Whether special tokens are left out.
+            after: The ids that come before, `[batch, length]`, such as those of prompts; their text is
+                not returned. Many tokenizers drop the space that begins a text: with the prompt's ids
+                here, a text that goes on keeps its space. None: every row begins a text.
 
         Returns:
             `[batch]` strings, valid UTF-8; bytes that are none become U+FFFD.
@@ -355,47 +363,37 @@ class Tokenizer(tf.Module):
             ValueError: If `ids` is not two-dimensional.
             TypeError: If `ids` does not hold integers.
         """
-        if not isinstance(ids, tf.RaggedTensor):
-            ids = tf.convert_to_tensor(ids)
-        if not ids.dtype.is_integer:
-            raise TypeError(f"`ids` must hold integers. Received: dtype={ids.dtype.name}")
-        if ids.shape.rank not in (None, 2):
-            raise ValueError(f"`ids` must have the shape [batch, length]. Received: {ids.shape}")
         with tf.device("CPU:0"):
-            if not isinstance(ids, tf.RaggedTensor):
-                ids = tf.RaggedTensor.from_tensor(ids)
-            return self.decoder.decode(ids.with_row_splits_dtype(tf.int64), skip_special_tokens)
+            ids = _ragged_ids("ids", ids)
+            after = None if after is None else _ragged_ids("after", after)
+            return self.decoder.decode(ids, skip_special_tokens, after)
 
-    def decode(self, ids, skip_special_tokens: bool = True) -> str | list[str]:
+    def decode(self, ids, skip_special_tokens: bool = True, after=None) -> str | list[str]:
         """Turns a list of ids into a string, or several lists into several strings.
 
         Args:
             ids: A list of ids or a `[length]` array; or a list of lists, a ragged tensor or a
                 `[batch, length]` array.
             skip_special_tokens: As in `detokenize`.
+            after: The ids that come before, as in `detokenize`; a list or several, like `ids`.
 
         Returns:
             A string for one list, a list of strings for several.
 
         Raises:
             TypeError: If `ids` does not hold integers.
+            ValueError: If `after` has not as many lists as `ids`.
         """
-        if isinstance(ids, tf.RaggedTensor):
-            ids = ids.to_list()
-        elif not isinstance(ids, list | tuple):
-            ids = np.asarray(ids)
-        one_text = ids.ndim == 1 if isinstance(ids, np.ndarray) else not np.ndim(next(iter(ids), 0))
-        rows = [np.asarray(row) for row in ([ids] if one_text else ids)]
-        for row in rows:
-            if row.size and row.dtype.kind not in "iu":
-                raise TypeError(f"`ids` must hold integers. Received: dtype={row.dtype}")
-            if row.ndim != 1:
-                raise ValueError(f"`ids` must be one or two levels deep. Received: {ids!r}")
-        ragged = tf.RaggedTensor.from_row_lengths(
-            np.concatenate([np.zeros([0]), *rows]).astype(np.int64),
-            np.array([len(row) for row in rows], np.int64),
-        )
-        texts = self._graph_functions.detokenize(ragged, bool(skip_special_tokens)).numpy()
+        rows, one_text = _rows_of_ids("ids", ids)
+        rows_after = [[]] * len(rows) if after is None else _rows_of_ids("after", after)[0]
+        if len(rows_after) != len(rows):
+            raise ValueError(
+                "`after` must have a list for each of `ids`. "
+                f"Received: {len(rows_after)} lists, {len(rows)} of `ids`"
+            )
+        texts = self._graph_functions.detokenize(
+            _ragged_rows(rows), _ragged_rows(rows_after), bool(skip_special_tokens)
+        ).numpy()
         texts = [text.decode("utf-8") for text in texts]
         return texts[0] if one_text else texts
 
@@ -674,24 +672,31 @@ class _GraphFunctions:
         self._traced = {}
 
     def tokenize(self, texts: tf.Tensor, parse_special: bool) -> tf.RaggedTensor:
-        signature = tf.TensorSpec([None], tf.string)
+        signature = [tf.TensorSpec([None], tf.string)]
         return self._get(self._tokenizer._tokenize, signature, parse_special)(texts)
 
     def tokenize_shielded(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        return self._get(self._tokenizer._tokenize_shielded, tf.TensorSpec([None], tf.string))(texts)
+        return self._get(self._tokenizer._tokenize_shielded, [tf.TensorSpec([None], tf.string)])(texts)
 
     def encode_pieces(self, pieces: tf.Tensor) -> tf.RaggedTensor:
-        return self._get(self._tokenizer._encode_pieces, tf.TensorSpec([None], tf.string))(pieces)
+        return self._get(self._tokenizer._encode_pieces, [tf.TensorSpec([None], tf.string)])(pieces)
 
-    def detokenize(self, ids: tf.RaggedTensor, skip_special_tokens: bool) -> tf.Tensor:
-        signature = tf.RaggedTensorSpec([None, None], tf.int64)
-        return self._get(self._tokenizer.detokenize, signature, skip_special_tokens)(ids)
+    def detokenize(
+        self, ids: tf.RaggedTensor, after: tf.RaggedTensor, skip_special_tokens: bool
+    ) -> tf.Tensor:
+        signature = [tf.RaggedTensorSpec([None, None], tf.int64)] * 2
+        return self._get(self._detokenize, signature, skip_special_tokens)(ids, after)
 
-    def _get(self, method: Callable, signature: tf.TypeSpec, *flags: bool):
+    def _detokenize(
+        self, ids: tf.RaggedTensor, after: tf.RaggedTensor, skip_special_tokens: bool
+    ) -> tf.Tensor:
+        return self._tokenizer.detokenize(ids, skip_special_tokens, after)
+
+    def _get(self, method: Callable, signature: list[tf.TypeSpec], *flags: bool):
         key = (method.__name__, *flags)
         if key not in self._traced:
             self._traced[key] = tf.function(
-                lambda value: method(value, *flags), input_signature=[signature], autograph=False
+                lambda *values: method(*values, *flags), input_signature=signature, autograph=False
             )
         return self._traced[key]
 
@@ -703,6 +708,41 @@ def _checked_texts(texts: tf.Tensor) -> tf.Tensor:
     if texts.shape.rank not in (None, 1):
         raise ValueError(f"`texts` must have the shape [batch]. Received: shape={texts.shape}")
     return texts
+
+
+def _ragged_ids(name: str, ids: tf.Tensor | tf.RaggedTensor) -> tf.RaggedTensor:
+    if not isinstance(ids, tf.RaggedTensor):
+        ids = tf.convert_to_tensor(ids)
+    if not ids.dtype.is_integer:
+        raise TypeError(f"`{name}` must hold integers. Received: dtype={ids.dtype.name}")
+    if ids.shape.rank not in (None, 2):
+        raise ValueError(f"`{name}` must have the shape [batch, length]. Received: {ids.shape}")
+    if not isinstance(ids, tf.RaggedTensor):
+        ids = tf.RaggedTensor.from_tensor(ids)
+    return ids.with_row_splits_dtype(tf.int64)
+
+
+def _rows_of_ids(name: str, ids) -> tuple[list[np.ndarray], bool]:
+    """One list of ids or several as arrays, and whether it was one."""
+    if isinstance(ids, tf.RaggedTensor):
+        ids = ids.to_list()
+    elif not isinstance(ids, list | tuple):
+        ids = np.asarray(ids)
+    one_list = ids.ndim == 1 if isinstance(ids, np.ndarray) else not np.ndim(next(iter(ids), 0))
+    rows = [np.asarray(row) for row in ([ids] if one_list else ids)]
+    for row in rows:
+        if row.size and row.dtype.kind not in "iu":
+            raise TypeError(f"`{name}` must hold integers. Received: dtype={row.dtype}")
+        if row.ndim != 1:
+            raise ValueError(f"`{name}` must be one or two levels deep. Received: {ids!r}")
+    return rows, one_list
+
+
+def _ragged_rows(rows: Sequence[Sequence[int]]) -> tf.RaggedTensor:
+    return tf.RaggedTensor.from_row_lengths(
+        np.concatenate([np.zeros([0]), *rows]).astype(np.int64),
+        np.array([len(row) for row in rows], np.int64),
+    )
 
 
 def _parse_tokenizer_json(text: str) -> dict:

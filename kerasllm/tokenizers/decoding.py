@@ -52,23 +52,22 @@ class Decoder(tf.Module):
         if plan.has_byte_tokens:
             self._is_byte = tf.constant([i in texts.byte_ids for i in range(len(tokens) + 1)])
 
-    def decode(self, ids: tf.RaggedTensor, skip_special_tokens: bool) -> tf.Tensor:
-        """`[batch, None]` integer ids -> `[batch]` strings, valid UTF-8."""
-        values = tf.cast(ids.values, tf.int64)
-        is_known = (values >= 0) & (values < self._unknown)
-        keep = is_known
-        if skip_special_tokens:
-            values = tf.where(is_known, values, self._unknown)
-            keep &= ~tf.gather(self._is_special, values)
-        ids = tf.RaggedTensor.from_row_splits(
-            tf.gather(values, tf.where(keep)[:, 0]),
-            tf.gather(cumulative(keep), ids.row_splits),
-            validate=False,
-        )
+    def decode(
+        self, ids: tf.RaggedTensor, skip_special_tokens: bool, after: tf.RaggedTensor | None = None
+    ) -> tf.Tensor:
+        """`[batch, None]` integer ids -> `[batch]` strings, valid UTF-8.
+
+        `after` has the ids that come before those of each row; None: each row begins a text.
+        """
+        ids = self._with_text(ids, skip_special_tokens)
+        begins_text = tf.ones([ids.nrows()], tf.bool)
+        if after is not None:
+            begins_text = self._with_text(after, skip_special_tokens).row_lengths() == 0
         texts = tf.gather(self._texts, ids.values)
         if self._has_first_texts:
-            row_starts = tf.gather(ids.row_splits, row_ids(ids))
-            is_first = tf.range(tf.size(texts, tf.int64)) == row_starts
+            row = row_ids(ids)
+            is_first = tf.range(tf.size(texts, tf.int64)) == tf.gather(ids.row_splits, row)
+            is_first &= tf.gather(begins_text, row)
             texts = tf.where(is_first, tf.gather(self._first_texts, ids.values), texts)
         if self._plan.has_byte_tokens:
             texts = self._replace_invalid_runs(texts, ids)
@@ -78,8 +77,23 @@ class Decoder(tf.Module):
         if self._plan.strip_count:
             character = f"\\x{{{ord(self._plan.strip_character):x}}}"
             pattern = f"^{character}{{1,{self._plan.strip_count}}}"
-            texts = tf.strings.regex_replace(texts, pattern, "", replace_global=False)
+            stripped = tf.strings.regex_replace(texts, pattern, "", replace_global=False)
+            texts = tf.where(begins_text, stripped, texts)
         return texts
+
+    def _with_text(self, ids: tf.RaggedTensor, skip_special_tokens: bool) -> tf.RaggedTensor:
+        """The ids, int64, without those that have no text."""
+        values = tf.cast(ids.values, tf.int64)
+        is_known = (values >= 0) & (values < self._unknown)
+        keep = is_known
+        if skip_special_tokens:
+            values = tf.where(is_known, values, self._unknown)
+            keep &= ~tf.gather(self._is_special, values)
+        return tf.RaggedTensor.from_row_splits(
+            tf.gather(values, tf.where(keep)[:, 0]),
+            tf.gather(cumulative(keep), ids.row_splits),
+            validate=False,
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for where it is not the first of its text."""
@@ -123,16 +137,17 @@ class StreamingDecoder:
     Args:
         tokenizer: The tokenizer.
         skip_special_tokens: Whether special tokens are left out.
+        after: The ids that come before, see `Tokenizer.detokenize`.
     """
 
-    def __init__(self, tokenizer, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer, skip_special_tokens: bool = True, after: Sequence[int] = ()):
         self._decoder: Decoder = tokenizer.decoder
         self._skip_special_tokens = skip_special_tokens
-        self._restart()
+        self._restart(begins_text=not any(self._has_text(token_id) for token_id in after))
 
-    def _restart(self) -> None:
-        self._is_first = True
-        self._to_strip = self._decoder._plan.strip_count
+    def _restart(self, begins_text: bool = True) -> None:
+        self._is_first = begins_text
+        self._to_strip = self._decoder._plan.strip_count if begins_text else 0
         self._byte_run = b""
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -140,9 +155,7 @@ class StreamingDecoder:
         """Takes the next id; returns the text that is final with it and was not before."""
         texts = self._decoder._streaming
         token_id = int(token_id)
-        if not 0 <= token_id < len(texts.later):
-            return ""
-        if self._skip_special_tokens and token_id in texts.special_ids:
+        if not self._has_text(token_id):
             return ""
         text = (texts.first if self._is_first else texts.later)[token_id]
         self._is_first = False
@@ -158,6 +171,12 @@ class StreamingDecoder:
         text = self._without_start(self._end_of_byte_run() + self._utf8.decode(b"", final=True))
         self._restart()
         return text
+
+    def _has_text(self, token_id: int) -> bool:
+        texts = self._decoder._streaming
+        if not 0 <= token_id < len(texts.later):
+            return False
+        return not (self._skip_special_tokens and token_id in texts.special_ids)
 
     def _end_of_byte_run(self) -> str:
         run, self._byte_run = self._byte_run, b""

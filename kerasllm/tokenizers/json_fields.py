@@ -30,6 +30,20 @@ def field(entry: dict, name: str, kind: type, default: Any = REQUIRED) -> Any:
     return value
 
 
+def spelling(settings: dict, name: str) -> str | None:
+    """Returns the spelling of a token that the settings name, or None if they name none.
+
+    Args:
+        settings: Contents of a tokenizer_config.json, where a token may be an object with its options.
+        name: The key, such as `bos_token`.
+
+    Raises:
+        ValueError: If it is neither a text nor such an object.
+    """
+    token = settings.get(name)
+    return field(token, "content", str) if isinstance(token, dict) else field(settings, name, str, None)
+
+
 def steps(step: dict | None, children: str) -> list[dict]:
     """The steps of a pipeline, those of a step of type Sequence in its place.
 

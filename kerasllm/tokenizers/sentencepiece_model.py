@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from kerasllm.tokenizers.folder import PLAIN_CLASSES
-from kerasllm.tokenizers.json_fields import LONGEST_TOKEN, field
+from kerasllm.tokenizers.json_fields import LONGEST_TOKEN, field, spelling
 
 _MARK = "\u2581"
 _UNIGRAM, _BPE = 1, 2
@@ -214,13 +214,10 @@ def _prepend_scheme(kind: str, spec: Any, settings: dict[str, Any]) -> str:
 
 
 def _post_processor(kind: str, settings: dict[str, Any], ids: dict[str, int]) -> dict[str, Any] | None:
-    def spelling(name: str) -> str | None:
-        token = settings.get(name)
-        return field(token, "content", str) if isinstance(token, dict) else token
-
     adds_bos = field(settings, "add_bos_token", bool, kind in (*_LLAMA, *_XLM_ROBERTA))
     adds_eos = field(settings, "add_eos_token", bool, kind in _WORDS)
-    bos, eos = spelling("bos_token") if adds_bos else None, spelling("eos_token") if adds_eos else None
+    bos = spelling(settings, "bos_token") if adds_bos else None
+    eos = spelling(settings, "eos_token") if adds_eos else None
     if bos is None and eos is None:
         return None
     missing = [token for token in (bos, eos) if token is not None and token not in ids]

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from kerasllm.tokenizers.base import NOT_IN_TABLE, Tokenizer
 from kerasllm.tokenizers.code_points import CodePoints
-from kerasllm.tokenizers.json_fields import field
+from kerasllm.tokenizers.json_fields import field, spelling
 from kerasllm.tokenizers.ragged import count, cumulative, empty_like, interleave, one_each, row_ids
 from kerasllm.tokenizers.trie import Trie
 
@@ -185,7 +185,7 @@ def json_from_vocab(tokens: Sequence[str], settings: dict[str, Any]) -> str:
     for name, token in _NAMED_TOKENS.items():
         if token in ids:
             settings.setdefault(name, token)
-    named = {name: _spelling_of(settings.get(name)) for name in _NAMED_TOKENS}
+    named = {name: spelling(settings, name) for name in _NAMED_TOKENS}
     missing = [name for name in ("unk_token", "sep_token", "cls_token") if named[name] not in ids]
     if missing:
         raise ValueError(f"vocab.txt must hold {missing}. Received: special tokens {named}")
@@ -225,8 +225,3 @@ def json_from_vocab(tokens: Sequence[str], settings: dict[str, Any]) -> str:
         },
     }
     return json.dumps(config, ensure_ascii=False)
-
-
-def _spelling_of(token: Any) -> str | None:
-    """The spelling of a token in the settings, where it may be an object with its options."""
-    return field(token, "content", str) if isinstance(token, dict) else token

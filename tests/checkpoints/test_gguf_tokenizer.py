@@ -154,8 +154,8 @@ def test_sentencepiece_without_a_space_in_front(sentencepiece):
 
 
 def test_a_huge_token(sentencepiece):
-    sentencepiece["tokenizer.ggml.tokens"][-1] = "x" * 2049
-    with pytest.raises(ValueError, match="at most 2048 characters each. Received: 2049"):
+    sentencepiece["tokenizer.ggml.tokens"][-1] = "x" * 1025
+    with pytest.raises(ValueError, match="up to 1024 characters each. Received: one of 1025"):
         read_tokenizer(sentencepiece)
 
 

@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 from reference.tokenizer_kinds import train_byte_level
 
+from kerasllm import GenerationConfig
 from kerasllm.checkpoints import kerashub, load_checkpoint
 
 IDS = np.array([[3, 1, 4, 1, 5, 2]])
@@ -101,12 +102,15 @@ def test_tokenizer_of_llama3(tmp_path):
     (assets / "vocabulary.json").write_text(json.dumps(reference.get_vocab()))
     (assets / "merges.txt").write_text("\n".join(" ".join(pair) for pair in content["model"]["merges"]))
     backbone = kerashub._BACKBONES["Llama3Backbone"]
-    tokenizer = kerashub._read_tokenizer(tmp_path, backbone)
+    tokenizer, generation = kerashub._read_tokenizer(tmp_path, backbone)
     assert tokenizer.bos_id == reference.token_to_id("<|begin_of_text|>")
     assert tokenizer.eos_id == reference.token_to_id("<|end_of_text|>")
     assert tokenizer.encode(text, parse_special=True) == reference.encode(text).ids
     begun = tokenizers.Tokenizer.from_str(tokenizer.to_json()).encode("Hello").ids
     assert begun == [tokenizer.bos_id, *reference.encode("Hello").ids]
+    # An instruct model ends its turn with the one, a base model its text with the other.
+    ends = GenerationConfig.from_huggingface(generation).end_ids(tokenizer.eos_id)
+    assert ends == tuple(map(reference.token_to_id, ("<|end_of_text|>", "<|eot_id|>")))
     (assets / "vocabulary.json").write_text(json.dumps({"a": 0, "b": "1"}))
     with pytest.raises(ValueError, match="must number its tokens from 0"):
         kerashub._read_tokenizer(tmp_path, backbone)

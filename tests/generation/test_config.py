@@ -1,6 +1,8 @@
+import dataclasses
 import json
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -72,6 +74,23 @@ def test_files_of_transformers():
 )  # fmt: skip
 def test_published_files(values, config):
     assert GenerationConfig.from_huggingface(values) == GenerationConfig(**config)
+
+
+def test_beams_of_drawn_tokens_are_left_out():
+    values = {"do_sample": True, "num_beams": 4, "temperature": 0.6, "penalty_alpha": 0.6}
+    with pytest.warns(UserWarning, match="`num_beams` is left out. Received: do_sample=True, num_beams=4"):
+        config = GenerationConfig.from_huggingface(values)
+    assert config == GenerationConfig(temperature=0.6, top_k=50)
+    with pytest.raises(ValueError, match="`num_beams` needs temperature=0"):
+        dataclasses.replace(config, num_beams=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert GenerationConfig.from_huggingface({**values, "do_sample": False, "penalty_alpha": None}) == (
+            GenerationConfig(num_beams=4)
+        )
+        assert GenerationConfig.from_huggingface({**values, "num_beams": 1}) == config
+    with pytest.raises(ValueError, match="`num_beams` must be"):
+        GenerationConfig.from_huggingface({"do_sample": True, "num_beams": 0})
 
 
 @pytest.mark.parametrize("name", ["guidance_scale", "num_beam_groups", "min_length", "watermarking_config"])
@@ -150,6 +169,15 @@ def test_end_ids():
 def test_whole_numbers_of_any_kind():
     config = GenerationConfig(seed=np.int64(3), top_k=np.int32(4))
     assert (config.seed, config.top_k) == (3, 4) and type(config.seed) is int
+    for ids in (np.int64(5), np.array(5)):
+        assert GenerationConfig(eos_token_id=ids).eos_token_id == (5,)
+    for ids in (np.array([5, 6], np.int32), [np.int64(5), 6], (np.int32(5), np.uint8(6))):
+        config = GenerationConfig(eos_token_id=ids, stop_token_ids=ids, suppress_tokens=ids)
+        assert config.eos_token_id == config.stop_token_ids == config.suppress_tokens == (5, 6)
+        json.dumps(config.to_huggingface(None))
+    for ids in (np.array([5.0]), [np.float32(5)], [True], np.array([True]), "ab", ["a"], [[5]]):
+        with pytest.raises(ValueError, match="`eos_token_id` must hold int values"):
+            GenerationConfig(eos_token_id=ids)
     for settings in ({"top_k": 2**40}, {"seed": 2**31}, {"num_beams": 1.5}):
         with pytest.raises(ValueError, match="must be an integer of 32 bits"):
             GenerationConfig(**settings)

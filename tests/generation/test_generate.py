@@ -1,9 +1,22 @@
+import json
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import ops
 
-from kerasllm import GPT2, CausalLM, GenerationConfig, GPT2Config, train_tokenizer
+from kerasllm import (
+    GPT2,
+    T5,
+    CausalLM,
+    GenerationConfig,
+    GPT2Config,
+    Seq2SeqLM,
+    T5Config,
+    Tokenizer,
+    train_tokenizer,
+)
 
 PROMPTS = ["Once upon a time", "The", "Mia and Tom went to the big garden by the sea. They were"]
 
@@ -38,8 +51,6 @@ def test_rows_do_not_depend_on_their_neighbours(causal_lm):
 
 
 def test_each_row_has_its_own_settings(causal_lm):
-    import tensorflow as tf
-
     from kerasllm.generation import TextGenerator
 
     generator = TextGenerator(causal_lm.model, causal_lm.tokenizer)
@@ -286,8 +297,6 @@ def test_bad_settings_are_refused(random_lm, settings, error, message):
 
 def test_generated_settings_of_the_config_are_exported(random_lm, tmp_path):
     """Those that the signature has no input for are in the graph."""
-    import tensorflow as tf
-
     config = GenerationConfig(max_new_tokens=9, repetition_penalty=1.8, no_repeat_ngram_size=2)
     model = CausalLM(random_lm.model, random_lm.tokenizer, config)
     serve = tf.saved_model.load(str(model.export(tmp_path / "1"))).signatures["serving_default"]
@@ -296,3 +305,91 @@ def test_generated_settings_of_the_config_are_exported(random_lm, tmp_path):
     model.generation_config = GenerationConfig(stop_strings="x")
     with pytest.raises(ValueError, match="A graph cannot hold `stop_strings`"):
         model.export(tmp_path / "2")
+
+
+def llama_tokenizer():
+    """As Llama 2's: a mark stands for a space, and the space at the beginning of a text is dropped."""
+    tokens = ["<unk>", "<s>", "</s>", "▁Paris", "▁is", "▁nice", "▁", "i", "s"]
+    content = {
+        "added_tokens": [{"id": i, "content": tokens[i], "special": True} for i in range(3)],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "merges": [],
+            "vocab": {token: i for i, token in enumerate(tokens)},
+        },
+    }
+    return Tokenizer.from_json(json.dumps(content), settings={"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def says_only(model, token_id):
+    """Makes a model say one token whatever comes before."""
+    model.final_norm.scale.assign(np.zeros(model.config.dim))
+    model.final_norm.bias.assign(np.ones(model.config.dim))
+    table = np.zeros((model.config.vocabulary_size, model.config.dim), "float32")
+    table[token_id] = 1
+    model.token_embedding.embeddings.assign(table)
+
+
+def test_a_continuation_keeps_the_space_before_it(tmp_path):
+    tokenizer = llama_tokenizer()
+    config = GPT2Config(vocabulary_size=9, context_length=16, num_layers=1, num_heads=1, dim=4)
+    model = CausalLM(GPT2(config), tokenizer, GenerationConfig(max_new_tokens=2))
+    says_only(model.model, tokenizer.token_to_id("▁nice"))
+    # A prompt without text: the beginning token alone.
+    prompts, expected = ["is", ""], [" nice nice", "nice nice"]
+    assert model.generate(prompts) == expected
+    assert model.generate(prompts[0]) == expected[0]
+    assert model.generate(tokenizer.encode("is", add_special_tokens=True)) == expected[0]
+    assert model.generate(prompts, num_beams=2) == expected
+    assert model.generate(prompts, stop_strings="Paris") == expected
+    assert model.generate(prompts, temperature=1e-3, n=2) == [[text] * 2 for text in expected]
+    pieces = list(model.generate(prompts, stream=True))
+    assert ["".join(piece for row, piece in pieces if row == number) for number in (0, 1)] == expected
+    assert "".join(model.generate(prompts[0], stream=True)) == expected[0]
+    serve = tf.saved_model.load(str(model.export(tmp_path / "1"))).signatures["serving_default"]
+    texts = serve(prompt=tf.constant(prompts))["text"].numpy()
+    assert [text.decode() for text in texts] == expected
+
+
+def test_an_answer_of_an_encoder_decoder_begins_a_text():
+    tokenizer = llama_tokenizer()
+    config = T5Config(
+        vocabulary_size=9,
+        num_layers=1,
+        num_heads=1,
+        dim=4,
+        head_dim=4,
+        intermediate_dim=4,
+        decoder_start_id=tokenizer.token_to_id("▁is"),  # no special token
+    )
+    model = Seq2SeqLM(T5(config), tokenizer, GenerationConfig(max_new_tokens=2))
+    others = [i for i in range(9) if i != tokenizer.token_to_id("▁nice")]
+    assert model.generate("is", suppress_tokens=others) == "nice nice"
+    assert "".join(model.generate("is", suppress_tokens=others, stream=True)) == "nice nice"

@@ -131,6 +131,68 @@ FILES = {
 }
 
 
+def sentencepiece_model(model_type: int) -> bytes:
+    """A model of a few tokens: unigram (1) or BPE (2)."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    for piece, piece_type in (("<unk>", 2), ("<s>", 3), ("</s>", 3)):
+        proto.pieces.add(piece=piece, score=0.0, type=piece_type)
+    for i, piece in enumerate(["ab", "▁a", "▁ab", "▁", "a", "b", "é"]):
+        proto.pieces.add(piece=piece, score=-i)
+    proto.trainer_spec.model_type = model_type
+    proto.trainer_spec.unk_id, proto.trainer_spec.bos_id, proto.trainer_spec.eos_id = 0, 1, 2
+    return proto.SerializeToString()
+
+
+def settings_of(kind: str, **names) -> dict:
+    """A tokenizer_config.json with one of each kind of entry."""
+    return {
+        "tokenizer_class": f"{kind}Tokenizer",
+        "add_prefix_space": True,
+        "do_lower_case": True,
+        "tokenize_chinese_chars": True,
+        "strip_accents": None,
+        "add_bos_token": True,
+        "added_tokens_decoder": {"0": {"content": "<s>", "special": True} | OPTIONS},
+        "chat_template": "{{ messages }}",
+    } | names
+
+
+BYTES = {
+    token: i for i, token in enumerate(["<s>", "</s>", "<pad>", "<unk>", "<mask>", *BYTE_TO_CHARACTER])
+}
+BYTES |= {"ab": len(BYTES), "Ġa": len(BYTES) + 1}
+NAMES = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "pad_token": "<pad>"}
+WORD_PIECES = ["<s>", "[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "a", "b", "##b", "ab", "é"]
+# The files of folders without a tokenizer.json.
+FOLDERS = {
+    kind: {
+        "vocab.json": BYTES,
+        "merges.txt": "#version: 0.2\na b\nĠ a\n",
+        "added_tokens.json": {"<extra>": len(BYTES)},
+        "special_tokens_map.json": NAMES | {"additional_special_tokens": ["<extra>"]},
+        "tokenizer_config.json": settings_of(kind, mask_token={"content": "<mask>", "lstrip": True}),
+    }
+    for kind in ("GPT2", "Roberta", "Qwen2")
+}
+# Qwen2's end token must be there.
+FOLDERS["Qwen2"]["vocab.json"] = BYTES | {"<|endoftext|>": len(BYTES)}
+FOLDERS["Qwen2"]["added_tokens.json"] = {"<extra>": len(BYTES) + 1}
+FOLDERS["Bert"] = {
+    "vocab.txt": "\n".join(WORD_PIECES) + "\n",
+    "added_tokens.json": {"<extra>": len(WORD_PIECES)},
+    "special_tokens_map.json": {"unk_token": "[UNK]", "sep_token": {"content": "[SEP]"}},
+    "tokenizer_config.json": settings_of("Bert", cls_token="[CLS]", mask_token={"content": "[MASK]"}),
+}
+for kind, model_type in (("Llama", 2), ("T5", 1), ("XLMRoberta", 1)):
+    FOLDERS[kind] = {
+        "tokenizer.model": sentencepiece_model(model_type),
+        "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}},
+        "tokenizer_config.json": settings_of(
+            kind, unk_token="<unk>", add_eos_token=True, legacy=True, extra_ids=2
+        ),
+    }
+
+
 @pytest.fixture(autouse=True)
 def no_tracing():
     """Each tokenizer encodes one text only, and tracing takes longer than all else."""
@@ -152,6 +214,25 @@ def damage(content: dict, generator: random.Random) -> None:
         else:
             content[key] = copy.deepcopy(generator.choice(VALUES))
             return
+
+
+def damaged_text(text: str, generator: random.Random) -> str:
+    """Takes a line away, doubles it, or changes a character of it."""
+    lines = text.split("\n")
+    number = generator.randrange(len(lines))
+    line = lines[number]
+    place = generator.randrange(len(line) + 1)
+    with_other = (
+        line[:place] + generator.choice(["", " ", "\r", "\0", "\u2028", "b", "é"]) + line[place + 1 :]
+    )
+    lines[number : number + 1] = generator.choice([[], [line, line], [""], [with_other], [with_other]])
+    return "\n".join(lines)
+
+
+def write_files(folder, files: dict[str, dict | str | bytes]) -> None:
+    for name, content in files.items():
+        text = json.dumps(content) if isinstance(content, dict) else content
+        folder.joinpath(name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 def loads_and_encodes(load) -> bool:
@@ -176,17 +257,40 @@ def test_damaged_json(kind):
     assert 0 < loaded < count
 
 
+@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("value", [[0], 3, {"content": [0]}], ids=str)
+def test_names_that_are_no_tokens(kind, value, tmp_path):
+    write_files(tmp_path, FOLDERS[kind])
+    for name in ("bos_token", "eos_token", "cls_token", "sep_token", "mask_token"):
+        settings = FOLDERS[kind]["tokenizer_config.json"] | {name: value}
+        tmp_path.joinpath("tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        with pytest.raises(ValueError, match="must be"):
+            Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_damaged_folders(kind, tmp_path):
+    generator = random.Random(f"{kind} 2")
+    write_files(tmp_path, FOLDERS[kind])
+    assert loads_and_encodes(lambda: Tokenizer.from_folder(tmp_path))
+    loaded, count = 0, 8
+    for _ in range(count):
+        files = copy.deepcopy(FOLDERS[kind])
+        # `test_damaged_models` has those that are no text.
+        name = generator.choice([name for name in files if not isinstance(files[name], bytes)])
+        if isinstance(files[name], str):
+            files[name] = damaged_text(files[name], generator)
+        else:
+            damage(files[name], generator)
+        write_files(tmp_path, files)
+        loaded += loads_and_encodes(lambda: Tokenizer.from_folder(tmp_path))
+    assert 0 < loaded < count
+
+
 @pytest.mark.parametrize("model_type", [1, 2])
 def test_damaged_models(model_type, tmp_path):
     generator = random.Random(model_type)
-    proto = sentencepiece_model_pb2.ModelProto()
-    for piece, piece_type in (("<unk>", 2), ("<s>", 3), ("</s>", 3)):
-        proto.pieces.add(piece=piece, score=0.0, type=piece_type)
-    for i, piece in enumerate(["ab", "▁a", "▁ab", "▁", "a", "b", "é"]):
-        proto.pieces.add(piece=piece, score=-i)
-    proto.trainer_spec.model_type = model_type
-    proto.trainer_spec.unk_id, proto.trainer_spec.bos_id, proto.trainer_spec.eos_id = 0, 1, 2
-    content = proto.SerializeToString()
+    content = sentencepiece_model(model_type)
     loaded, count = 0, 40
     for i in range(count + 1):
         damaged = bytearray(content)

@@ -121,6 +121,49 @@ def test_whole_and_streamed(name):
             assert given_out + decoder.finish() == whole
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_ids_that_come_after_others(name):
+    """Their text is the rest of the text of all, which keeps the space between the two."""
+    tokenizer, reference = tokenizer_with(DECODERS[name])
+    special, mark, word, letter = map(tokenizer.token_to_id, ("<s>", "▁", "▁a", "a"))
+    before = [[], [special], [word], [special, letter], [99_999, special], [-1, letter, special]]
+    rows = [[word, letter], [special, word], [mark, mark, word], [letter], []]
+    before, rows = [b for b in before for _ in rows], rows * len(before)
+    expected = []
+    for first, row in zip(before, rows, strict=True):
+        first = [i for i in first if 0 <= i < tokenizer.vocabulary_size]
+        texts = reference.decode_batch([first, first + row])
+        assert texts[1].startswith(texts[0])
+        expected.append(texts[1][len(texts[0]) :])
+    assert tokenizer.decode(rows, after=before) == expected
+    assert tokenizer.decode(rows[-4], after=tuple(before[-4])) == expected[-4]
+    padded = tf.ragged.constant(before, tf.int32).to_tensor(-1)
+    detokenized = tokenizer.detokenize(tf.ragged.constant(rows, tf.int32), after=padded).numpy()
+    assert [text.decode() for text in detokenized] == expected
+    for first, row, text in zip(before, rows, expected, strict=True):
+        decoder = StreamingDecoder(tokenizer, after=first)
+        assert "".join(map(decoder.add, row)) + decoder.finish() == text
+
+
+def test_bytes_do_not_join_those_of_the_ids_before():
+    reference = train_byte_level("gpt2", ["é"], 257)
+    tokenizer = Tokenizer.from_json(reference.to_str())
+    first, second = (
+        next(i for i in range(256) if tokenizer.token_bytes(i) == bytes([b])) for b in "é".encode()
+    )
+    assert tokenizer.decode([second], after=[first]) == tokenizer.decode([second]) == "\ufffd"
+
+
+def test_ids_before_must_fit():
+    tokenizer, _ = tokenizer_with(None)
+    with pytest.raises(
+        ValueError, match="`after` must have a list for each of `ids`. Received: 1 lists, 2"
+    ):
+        tokenizer.decode([[1], [2]], after=[[1]])
+    with pytest.raises(TypeError, match="`after` must hold integers"):
+        tokenizer.decode([[1]], after=[[0.5]])
+
+
 def test_streaming_bytes_holds_back_three_at_most():
     reference = train_byte_level("gpt2", ["é日🙂"], 257)
     tokenizer = Tokenizer.from_json(reference.to_str())
