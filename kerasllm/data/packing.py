@@ -6,9 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from kerasllm.data.batching import (
+    check_batching,
+    check_sequence_length,
+    finish_dataset,
+    for_each_pass,
+    pass_seeds,
+    shuffle_values,
+)
+from kerasllm.data.tokens import check_tokens, tokenize_documents
 from kerasllm.tokenizers import Tokenizer
-
-_DOCUMENTS_PER_STEP = 256
 
 
 def language_model_dataset(
@@ -66,44 +73,6 @@ def language_model_dataset(
         drop_remainder=drop_remainder,
         score_overlap=score_overlap,
     )
-
-
-def tokenize_documents(
-    documents: Sequence[str] | tf.data.Dataset, tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenizes documents, each followed by the end-of-text token if the tokenizer has one.
-
-    Args:
-        documents: texts, or a finite `tf.data.Dataset` of scalar strings.
-        tokenizer: turns strings into ids.
-
-    Returns:
-        (token_ids int32 [tokens], all documents end to end; lengths int64 [documents], their
-        numbers of tokens).
-
-    Raises:
-        TypeError: `documents` is one string, or holds something else than strings.
-        ValueError: there are no documents.
-    """
-    if not isinstance(documents, tf.data.Dataset):
-        documents = _texts_dataset(documents)
-
-    @tf.autograph.experimental.do_not_convert
-    def tokenize(texts: tf.Tensor) -> tf.RaggedTensor:
-        ids = tokenizer.tokenize(texts)
-        if tokenizer.eos_id is None:
-            return ids
-        ends = tf.fill([tf.size(texts), 1], tf.constant(tokenizer.eos_id, ids.dtype))
-        return tf.concat([ids, ends], axis=1)
-
-    batches = documents.batch(_DOCUMENTS_PER_STEP).map(tokenize, num_parallel_calls=tf.data.AUTOTUNE)
-    token_ids, lengths = [], []
-    for ids in batches:
-        token_ids.append(ids.values.numpy())
-        lengths.append(ids.row_lengths().numpy())
-    if not lengths:
-        raise ValueError("`documents` must hold at least one document. Received: none")
-    return np.concatenate(token_ids).astype(np.int32), np.concatenate(lengths).astype(np.int64)
 
 
 def windows_dataset(
@@ -165,7 +134,7 @@ def windows_dataset(
             full window with `repeat` or `drop_remainder`, no window for the shard, or no full batch
             with `drop_remainder`.
     """
-    token_ids, document_lengths = _check_tokens(token_ids, document_lengths)
+    token_ids, document_lengths = check_tokens(token_ids, document_lengths)
     stride = sequence_length if stride is None else stride
     _check_arguments(sequence_length, batch_size, stride, shard)
     window_count = _count_windows(token_ids.size, sequence_length, stride)
@@ -184,11 +153,10 @@ def windows_dataset(
         order = tf.range(window_count, dtype=tf.int64)
         stream = documents.values
         if shuffle:
-            pass_seed = tf.stack([tf.constant(seed, tf.int64), pass_number])
-            document_seed, window_seed = tf.unstack(tf.random.split(pass_seed, alg="philox"))
-            document_order = _shuffle(tf.range(documents.nrows()), document_seed)
+            document_seed, window_seed = pass_seeds(seed, pass_number)
+            document_order = shuffle_values(tf.range(documents.nrows()), document_seed)
             stream = tf.gather(documents, document_order).values
-            order = _shuffle(order, window_seed)
+            order = shuffle_values(order, window_seed)
         # One padded copy of the stream per pass makes a window a plain gather.
         stream = tf.concat([stream, padding], axis=0)
 
@@ -205,42 +173,11 @@ def windows_dataset(
         windows = tf.data.Dataset.from_tensor_slices(order[shard_index::shard_count])
         return windows.batch(batch_size).map(cut, num_parallel_calls=tf.data.AUTOTUNE)
 
-    if repeat:
-        passes = tf.data.Dataset.counter()
-    else:
-        passes = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
-    dataset = passes.flat_map(make_windows)
+    dataset = for_each_pass(make_windows, seed, repeat)
     if repeat or drop_remainder:
         dataset = dataset.rebatch(batch_size, drop_remainder=True)
-    if repeat:
-        batch_count = tf.data.INFINITE_CARDINALITY
-    else:
-        batch_count = shard_size // batch_size if drop_remainder else -(-shard_size // batch_size)
-    dataset = dataset.apply(tf.data.experimental.assert_cardinality(batch_count))
-    if shard_count > 1:
-        # A strategy must not shard again what is a shard already.
-        options = tf.data.Options()
-        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-        dataset = dataset.with_options(options)
-    return dataset.prefetch(tf.data.AUTOTUNE)
-
-
-def _texts_dataset(documents: Sequence[str]) -> tf.data.Dataset:
-    if isinstance(documents, (str, bytes)):
-        raise TypeError("`documents` must be a list of strings. Received: one string")
-    for document in documents:
-        if not isinstance(document, str):
-            raise TypeError(f"`documents` must hold strings. Received: {type(document).__name__}")
-    with tf.device("CPU:0"):
-        return tf.data.Dataset.from_tensor_slices(tf.constant(documents, tf.string, [len(documents)]))
-
-
-def _shuffle(values: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    # Philox by name: "auto_select" may draw other numbers on another kind of machine.
-    keys = tf.random.stateless_uniform(
-        tf.shape(values), seed, minval=None, maxval=None, dtype=tf.int64, alg="philox"
-    )
-    return tf.gather(values, tf.argsort(keys, stable=True))
+    batch_count = shard_size // batch_size if drop_remainder else -(-shard_size // batch_size)
+    return finish_dataset(dataset, tf.data.INFINITE_CARDINALITY if repeat else batch_count, shard)
 
 
 def _count_windows(token_count: int, sequence_length: int, stride: int) -> int:
@@ -248,46 +185,13 @@ def _count_windows(token_count: int, sequence_length: int, stride: int) -> int:
     return 1 + math.ceil(labels_after_first_window / stride)
 
 
-def _check_tokens(
-    token_ids: np.ndarray, document_lengths: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    token_ids = np.asarray(token_ids)
-    if token_ids.ndim != 1 or not np.issubdtype(token_ids.dtype, np.integer):
-        raise ValueError(
-            "`token_ids` must be a 1-D array of integers. "
-            f"Received: shape={token_ids.shape}, dtype={token_ids.dtype}"
-        )
-    if token_ids.size < 2:
-        raise ValueError(
-            f"there must be at least two tokens, one to see and one to predict. Received: {token_ids.size}"
-        )
-    if document_lengths is None:
-        document_lengths = [token_ids.size]
-    document_lengths = np.asarray(document_lengths, np.int64)
-    if (document_lengths < 0).any() or document_lengths.sum() != token_ids.size:
-        raise ValueError(
-            "`document_lengths` must not be negative and must add up to the number of tokens. "
-            f"Received: a sum of {document_lengths.sum()}, {token_ids.size} tokens"
-        )
-    return token_ids.astype(np.int32), document_lengths
-
-
 def _check_arguments(sequence_length: int, batch_size: int, stride: int, shard: tuple[int, int]) -> None:
-    if sequence_length < 1:
-        raise ValueError(
-            f"`sequence_length` must be at least 1. Received: sequence_length={sequence_length}"
-        )
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1. Received: batch_size={batch_size}")
+    check_sequence_length(sequence_length)
+    check_batching(batch_size, shard)
     if not 1 <= stride <= sequence_length:
         raise ValueError(
             "`stride` must be from 1 to `sequence_length`, for a longer one skips tokens. "
             f"Received: stride={stride}, sequence_length={sequence_length}"
-        )
-    shard_index, shard_count = shard
-    if not 0 <= shard_index < shard_count:
-        raise ValueError(
-            f"`shard` must be (index, count) with 0 <= index < count. Received: shard={tuple(shard)}"
         )
 
 
@@ -299,6 +203,10 @@ def _check_enough_tokens(
     repeat: bool,
     drop_remainder: bool,
 ) -> None:
+    if token_count < 2:
+        raise ValueError(
+            f"there must be at least two tokens, one to see and one to predict. Received: {token_count}"
+        )
     if (repeat or drop_remainder) and token_count <= sequence_length:
         raise ValueError(
             "there must be more tokens than `sequence_length` with `repeat` or `drop_remainder`. "

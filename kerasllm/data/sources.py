@@ -11,18 +11,19 @@ _TEXT_SUFFIXES = (".txt", ".md", ".text")
 _JSON_LINES_SUFFIX = ".jsonl"
 
 
-def read_documents(paths: str | os.PathLike | list[str | os.PathLike]) -> list[str]:
+def read_documents(paths: str | os.PathLike | list[str | os.PathLike], field: str = "text") -> list[str]:
     """Reads documents from text files, JSON Lines files and folders of them.
 
     A text file is one document, or several where it holds `<|endoftext|>` markers: then the white
     space around each document goes, and so do empty ones. A `.jsonl` file holds one document per
-    line in the field "text"; its blank lines are skipped. Of a folder, every `.txt`, `.md`, `.text`
+    line in the field `field`; its blank lines are skipped. Of a folder, every `.txt`, `.md`, `.text`
     and `.jsonl` file below it is read, sorted by path, except hidden ones. A file that is named
     itself is read as text whatever its suffix. Text is UTF-8; a byte-order mark goes and line ends
     become `\\n`.
 
     Args:
         paths: a file or folder, or a list of them.
+        field: name of the text in the objects of a `.jsonl` file.
 
     Returns:
         The documents, in the order of `paths`.
@@ -38,7 +39,7 @@ def read_documents(paths: str | os.PathLike | list[str | os.PathLike]) -> list[s
     documents = []
     for path in map(Path, paths):
         for file in _list_text_files(path) if path.is_dir() else [path]:
-            documents.extend(_read_file(file))
+            documents.extend(_read_file(file, field))
     return documents
 
 
@@ -99,10 +100,10 @@ def _list_text_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path, field: str) -> list[str]:
     text = _decode(path.read_bytes(), path)
     if path.suffix.lower() == _JSON_LINES_SUFFIX:
-        documents = _parse_json_lines(text, path)
+        documents = _parse_json_lines(text, path, field)
     elif END_OF_TEXT in text:
         documents = [part.strip() for part in text.split(END_OF_TEXT)]
         documents = [document for document in documents if document]
@@ -130,8 +131,8 @@ def _decode(content: bytes, path: Path) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _parse_json_lines(text: str, path: Path) -> list[str]:
-    rule = 'a line of a .jsonl file must be a JSON object with a non-empty string "text"'
+def _parse_json_lines(text: str, path: Path, field: str) -> list[str]:
+    rule = f'a line of a .jsonl file must be a JSON object with a non-empty string "{field}"'
     documents = []
     # Not splitlines(): JSON strings may hold characters such as U+2028 that it cuts at.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -141,7 +142,7 @@ def _parse_json_lines(text: str, path: Path) -> list[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{rule}. Received: {path}:{number}: no JSON: {error}") from error
-        document = record.get("text") if isinstance(record, dict) else None
+        document = record.get(field) if isinstance(record, dict) else None
         if not isinstance(document, str) or not document.strip():
             raise ValueError(f"{rule}. Received: {path}:{number}: {line[:80]}")
         # JSON can escape what a text file may not hold.
