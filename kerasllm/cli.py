@@ -14,6 +14,7 @@ _EXAMPLES = """\
 examples:
   kerasllm quickstart                                   see the whole promise hold, in a few minutes
   kerasllm train --config configs/gpt_5m_pretrain.yaml training.steps=500 output=runs/mine
+  kerasllm launch --workers 2 -- train --config configs/gpt_5m_pretrain.yaml
   kerasllm generate runs/mine "Once upon a time" --max-new-tokens 60 --temperature 0.8
   kerasllm chat SmolLM2-135M-Instruct.Q4_1.gguf         talk to a model, answers as they are written
   kerasllm embed all-MiniLM-L6-v2 "a cat" "a kitten" --similarity
@@ -34,7 +35,16 @@ The file and the settings have the same names; a wrong one is answered with the 
   tokenizer.kind=character         or byte_bpe, word; tokenizer.vocabulary_size=4096
   model.num_layers=6 model.dim=256 model.num_heads=4 model.context_length=256
   training.steps=2000 training.batch_size=16 training.sequence_length=256
-  training.learning_rate=0.001 training.precision=mixed_bfloat16
+  training.learning_rate=0.001 training.precision=mixed_bfloat16 training.microbatches=4
+  training.optimizer=muon training.schedule=wsd training.save_every=100
+A run that was interrupted goes on from its last checkpoint when it is started again.
+"""
+
+_LAUNCH_HELP = """\
+examples:
+  kerasllm launch --workers 2 -- train --config configs/gpt_5m_pretrain.yaml training.save_every=100
+  kerasllm launch --print-config host-a:2222 host-b:2222      then run the same train on both hosts
+  kerasllm launch --print-kubernetes --workers 4 -- train --config /runs/config.yaml > training.yaml
 """
 
 
@@ -97,6 +107,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "settings", nargs="*", metavar="key=value", help="settings that go before the file's"
     )
+
+    command = add("launch", _launch, "train with several workers: start, watch and restart them")
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = _LAUNCH_HELP
+    command.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    command.add_argument(
+        "--restarts", type=int, default=3, help="how often all are started again (default: %(default)s)"
+    )
+    command.add_argument(
+        "--print-config",
+        nargs="+",
+        metavar="HOST:PORT",
+        help="only print TF_CONFIG for a cluster of workers at these addresses",
+    )
+    command.add_argument("--index", type=int, help="with --print-config: only that of this worker")
+    command.add_argument("--print-kubernetes", action="store_true", help="only print a Kubernetes manifest")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- train ...")
 
     def model_argument(command):
         command.add_argument(
@@ -223,6 +250,22 @@ def _train(arguments) -> int:
         print(f"{name} baseline {perplexity:.2f}")
     print(f'model, log and plot: {run.output}\nnext: kerasllm generate {run.output} "…"')
     return 0
+
+
+def _launch(arguments) -> int:
+    from kerasllm.launch import kubernetes_manifest, launch, tf_config
+
+    command = arguments.arguments[arguments.arguments[:1] == ["--"] :]
+    if arguments.print_config:
+        addresses = arguments.print_config
+        indices = range(len(addresses)) if arguments.index is None else [arguments.index]
+        for index in indices:
+            print(tf_config(addresses, index))
+        return 0
+    if arguments.print_kubernetes:
+        print(kubernetes_manifest(arguments.workers, command), end="")
+        return 0
+    return launch(command, arguments.workers, arguments.restarts)
 
 
 def _load(arguments, *tasks: str):

@@ -61,29 +61,52 @@ class TrainingSettings:
         steps: Number of updates.
         batch_size: Sequences per update.
         sequence_length: Tokens per sequence.
-        learning_rate: The highest; a warm-up leads to it and half a cosine away from it.
+        optimizer: See `kerasllm.training.make_optimizer`; each wants a learning rate of its own.
+        schedule: What follows on the warm-up, see `kerasllm.training.make_schedule`.
+        learning_rate: The highest; a warm-up leads to it.
         warmup_steps: Updates until then; null: 10 % of the steps, at most 1,000.
         weight_decay: Of matrices and embeddings.
-        beta_2: Decay of AdamW's second moment.
+        beta_2: Decay of the second moment of AdamW, or what Lion calls so; null: the optimizer's own.
+        skip_above: Updates are left out whose gradient is so many times as large as the median of those
+            before; null: none is.
         validate_every: Updates between two looks at the validation texts, a divisor of `steps`; null:
             only at the end.
         precision: Keras dtype policy.
         jit_compile: Whether XLA compiles the step.
+        microbatches: Parts in which each replica computes its share of a batch, to save memory.
+        strategy: Where it is computed: `one` device, all GPUs of this machine (`mirrored`), the workers
+            that TF_CONFIG names (`multi_worker`), a Cloud TPU (`tpu`), or what there is (`auto`).
+        save_every: Updates between two checkpoints; null: only with each validation.
+        keep: Number of checkpoints that stay, besides the best.
     """
 
     steps: int = 1000
     batch_size: int = 32
     sequence_length: int = 128
+    optimizer: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
     learning_rate: float = 1e-3
     warmup_steps: int | None = None
     weight_decay: float = 0.1
-    beta_2: float = 0.95
+    beta_2: float | None = None
+    skip_above: float | None = None
     validate_every: int | None = None
-    precision: Literal["float32", "mixed_bfloat16"] = "float32"
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     jit_compile: bool = True
+    microbatches: int = 1
+    strategy: Literal["auto", "one", "mirrored", "multi_worker", "tpu"] = "auto"
+    save_every: int | None = None
+    keep: int = 2
 
     def __post_init__(self):
-        _at_least(self, 1, "steps", "batch_size", "sequence_length")
+        _at_least(self, 1, "steps", "batch_size", "sequence_length", "microbatches", "keep")
+        if self.beta_2 is not None and self.optimizer not in ("adamw", "lion"):
+            raise ValueError(
+                "`beta_2` is for adamw and lion. "
+                f"Received: beta_2={self.beta_2}, optimizer={self.optimizer}"
+            )
+        if self.save_every is not None:
+            _at_least(self, 1, "save_every")
         if self.validate_every is not None:
             _at_least(self, 1, "validate_every")
             if self.steps > self.validate_every and self.steps % self.validate_every:

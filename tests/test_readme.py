@@ -12,7 +12,7 @@ from kerasllm.cli import _parser
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-WITH_A_REAL_MODEL = re.findall(r"```python no-run\n(.*?)```", README, re.DOTALL)
+SHOWN = re.findall(r"```python no-run\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^kerasllm (.*)$", README, re.MULTILINE)
 
 
@@ -33,12 +33,27 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
         assert (tmp_path / path).is_file()
 
 
+def test_example_of_training_runs(tmp_path, monkeypatch, tokenizer, stories):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    (example,) = (example for example in SHOWN if "make_strategy" in example)
+    for size, small in (("1024, 64", "16, 4"), ("steps_per_epoch=1000, epochs=10", "steps_per_epoch=2")):
+        assert size in example
+        example = example.replace(size, small)
+    config = kerasllm.LlamaConfig(
+        vocabulary_size=400, context_length=16, num_layers=1, num_heads=2, dim=16, intermediate_dim=16
+    )
+    names = {"kerasllm": kerasllm, "config": config, "tokenizer": tokenizer, "texts": stories[:20]}
+    exec(compile(example, "README.md", "exec"), names)  # noqa: S102
+    assert names["saves"].steps() == [2]
+
+
 @pytest.mark.slow
 def test_example_with_a_real_model_runs(tmp_path, monkeypatch, capsys):
     file = asset("smollm2")
     (tmp_path / file.name).symlink_to(file)
     monkeypatch.chdir(tmp_path)
-    (example,) = WITH_A_REAL_MODEL
+    (example,) = (example for example in SHOWN if "SmolLM2" in example)
     exec(compile(example, "README.md", "exec"), {"kerasllm": kerasllm})  # noqa: S102
     assert capsys.readouterr().out.strip()
 

@@ -12,8 +12,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from kerasllm.layers.dropout import Dropout
 from kerasllm.layers.norm import RMSNorm
 from kerasllm.layers.position import RotaryEmbedding
+from kerasllm.layers.precision import widen
 from kerasllm.layers.shapes import flatten
 from kerasllm.layers.xla import is_traced_for_xla
 
@@ -40,11 +42,11 @@ def dot_product_attention(query, keys, values, bias=None, dropout=None, score_ca
     Returns:
         Floats `[..., queries, head_dim]` and the weights `[..., queries, keys]` before dropout.
     """
-    scores = ops.cast(ops.matmul(query, ops.swapaxes(keys, -1, -2)), "float32")
+    scores = widen(ops.matmul(query, ops.swapaxes(keys, -1, -2)))
     if score_cap is not None:
         scores = score_cap * ops.tanh(scores / score_cap)
     if bias is not None:
-        scores = scores + bias
+        scores = scores + ops.cast(bias, scores.dtype)
     # The softmax over a single key is 1, and Keras warns of it.
     weights = ops.ones_like(scores) if scores.shape[-1] == 1 else ops.softmax(scores, axis=-1)
     weights = ops.cast(weights, query.dtype)
@@ -96,7 +98,7 @@ def mask_bias(mask):
             f"[batch, heads, queries, keys]. Received: shape={tuple(mask.shape)}"
         )
     if keras.backend.is_float_dtype(keras.backend.standardize_dtype(mask.dtype)):
-        return ops.maximum(ops.cast(mask, "float32"), MASKED)
+        return ops.maximum(widen(mask), MASKED)
     return ops.where(ops.not_equal(ops.cast(mask, "int32"), 0), 0.0, MASKED)
 
 
@@ -411,8 +413,8 @@ class MultiHeadAttention(keras.layers.Layer):
             self.rotary = RotaryEmbedding(
                 head_dim, rotary_wavelength, rotary_scaling, rotary_fraction, dtype=self.dtype_policy
             )
-        self.weight_dropout = keras.layers.Dropout(self.attention_dropout, dtype=self.dtype_policy)
-        self.output_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+        self.weight_dropout = Dropout(self.attention_dropout, dtype=self.dtype_policy)
+        self.output_dropout = Dropout(dropout, dtype=self.dtype_policy)
 
     def build(self, x_shape, memory_shape=None):
         self.query.build(x_shape)
@@ -574,7 +576,7 @@ class MultiHeadAttention(keras.layers.Layer):
         if attention_mask is not None:
             terms.append(mask_bias(attention_mask))
         if position_bias is not None:
-            terms.append(ops.cast(position_bias, "float32"))
+            terms.append(widen(position_bias))
         bias = functools.reduce(operator.add, terms) if terms else None
         if bias is None or group == 1:
             return bias

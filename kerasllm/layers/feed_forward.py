@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from kerasllm.layers.dropout import Dropout
 from kerasllm.layers.shapes import flatten, unflatten
 
 ACTIVATIONS = {
@@ -45,8 +46,8 @@ class _FeedForward(keras.layers.Layer):
         self.output_initializer_range = (
             initializer_range if output_initializer_range is None else output_initializer_range
         )
-        self.hidden_dropout_layer = keras.layers.Dropout(activation_dropout, dtype=self.dtype_policy)
-        self.output_dropout_layer = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+        self.hidden_dropout_layer = Dropout(activation_dropout, dtype=self.dtype_policy)
+        self.output_dropout_layer = Dropout(dropout, dtype=self.dtype_policy)
 
     def build(self, input_shape):
         dim = input_shape[-1]

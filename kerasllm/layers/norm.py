@@ -1,11 +1,13 @@
-"""Layer normalisation and root-mean-square normalisation, computed in float32."""
+"""Layer normalisation and root-mean-square normalisation, computed in float32 at least."""
 
 import keras
 from keras import ops
 
+from kerasllm.layers.precision import widen
+
 
 class _Norm(keras.layers.Layer):
-    """What both norms share: the epsilon, the gain, and float32 arithmetic in any precision."""
+    """What both norms share: the epsilon, the gain, and float32 arithmetic in any lower precision."""
 
     def __init__(self, epsilon: float = 1e-5, **kwargs):
         super().__init__(**kwargs)
@@ -53,14 +55,14 @@ class LayerNorm(_Norm):
         Returns:
             Floats of the same shape and dtype.
         """
-        wide = ops.cast(x, "float32")
+        wide = widen(x)
         centred = wide - ops.mean(wide, axis=-1, keepdims=True)
         variance = ops.mean(ops.square(centred), axis=-1, keepdims=True)
         # Gain times reciprocal root first: a converter that sees `normalised * gain` last would fold
         # the gain into the next matrix, and a tied output head would no longer be tied.
-        y = centred * (ops.rsqrt(variance + self.epsilon) * ops.cast(self.scale, "float32"))
+        y = centred * (ops.rsqrt(variance + self.epsilon) * ops.cast(self.scale, wide.dtype))
         if self.use_bias:
-            y = y + ops.cast(self.bias, "float32")
+            y = y + ops.cast(self.bias, wide.dtype)
         return ops.cast(y, self.compute_dtype)
 
 
@@ -91,9 +93,9 @@ class RMSNorm(_Norm):
         Returns:
             Floats of the same shape and dtype.
         """
-        wide = ops.cast(x, "float32")
+        wide = widen(x)
         mean_square = ops.mean(ops.square(wide), axis=-1, keepdims=True)
-        gain = ops.cast(self.scale, "float32")
+        gain = ops.cast(self.scale, wide.dtype)
         if self.unit_offset:
             gain = 1.0 + gain
         # The order of the products is that of LayerNorm, for the same reason.

@@ -8,6 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from kerasllm.layers.precision import widen
+
 
 def _check_even(name: str, value: int) -> None:
     if value < 2 or value % 2:
@@ -275,7 +277,8 @@ class RotaryEmbedding(keras.layers.Layer):
 
     def rotate(self, x, cos, sin):
         """Rotates heads by waves that are there already; see `call`."""
-        x = ops.cast(x, "float32")
+        x = widen(x)
+        cos, sin = ops.cast(cos, x.dtype), ops.cast(sin, x.dtype)
         half = self.rotary_dim // 2
         first, second = x[..., :half], x[..., half : self.rotary_dim]
         parts = [first * cos - second * sin, second * cos + first * sin]

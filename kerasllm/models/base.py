@@ -370,6 +370,17 @@ class LanguageModel(keras.Model):
         """
         return [block.attention.make_cache(batch_size, length) for block in self.blocks]
 
+    def score_tokens(self, hidden):
+        """Applies the head of a model that predicts tokens.
+
+        Args:
+            hidden: Floats `[..., dim]`: what `call` returns with `with_head=False`.
+
+        Returns:
+            Logits `[..., vocabulary_size]`.
+        """
+        raise NotImplementedError(f"The head {self.head!r} predicts no tokens.")
+
     def _check_call(self, token_ids, cache, cache_index) -> None:
         if (cache is None) != (cache_index is None):
             raise ValueError(
@@ -448,9 +459,8 @@ class DecoderModel(LanguageModel):
         """Token ids and their places -> floats `[batch, length, dim]`."""
         raise NotImplementedError
 
-    def _logits(self, x):
-        """Last hidden states -> logits."""
-        return self.output_embedding(x, reverse=True)
+    def score_tokens(self, hidden):
+        return self.output_embedding(hidden, reverse=True)
 
     def call(
         self,
@@ -459,8 +469,10 @@ class DecoderModel(LanguageModel):
         cache=None,
         cache_index=None,
         last_index=None,
+        positions=None,
         training: bool = False,
         return_hidden: bool = False,
+        with_head: bool = True,
     ):
         """Predicts the token after each token; with another head, classifies or gives hidden states.
 
@@ -471,9 +483,13 @@ class DecoderModel(LanguageModel):
             cache_index: Column of the first token in the cache, see `MultiHeadAttention`; needed if
                 and only if there is a cache.
             last_index: Integers `[batch]`: return the result at this place of each row only.
+            positions: Integers `[batch, length]`: the place of each token in its text, where a row holds
+                several. None: its place in the row.
             training: Whether dropout is on.
             return_hidden: Whether to return a pair: the result, and the last hidden states of all
                 places `[batch, length, dim]`.
+            with_head: Whether the head is applied; otherwise the result is as with the head None, which
+                is what `score_tokens` takes.
 
         Returns:
             Floats. `"causal_lm"`: logits `[batch, length, vocabulary_size]`, or `[batch, 1, …]` with
@@ -482,29 +498,36 @@ class DecoderModel(LanguageModel):
             `[batch, length]` counts. With a cache also the updated cache.
         """
         self._check_call(token_ids, cache, cache_index)
-        positions = self._positions(token_ids, cache_index)
-        x = self._embed(token_ids, positions, training)
+        places = self._positions(token_ids, cache_index) if positions is None else positions
+        x = self._embed(token_ids, places, training)
         updated = []
         for number, block in enumerate(self.blocks):
             if cache is None:
-                x = block(x, attention_mask=attention_mask, training=training)
+                x = block(
+                    x,
+                    attention_mask=attention_mask,
+                    positions=positions,
+                    training=training,
+                )
             else:
                 x, layer_cache = block(
                     x,
                     attention_mask=attention_mask,
+                    positions=positions,
                     cache=cache[number],
                     cache_index=cache_index,
                     training=training,
                 )
                 updated.append(layer_cache)
-        if self.head == "classifier" and last_index is None:
+        head = self.head if with_head else None
+        if head == "classifier" and last_index is None:
             last_index = self._last_tokens(token_ids, attention_mask)
         hidden = x = self.final_norm(x)
         if last_index is not None:
             x = ops.take_along_axis(x, ops.reshape(last_index, (-1, 1, 1)), axis=1)
-        if self.head == "causal_lm":
-            x = self._logits(x)
-        elif self.head == "classifier":
+        if head == "causal_lm":
+            x = self.score_tokens(x)
+        elif head == "classifier":
             x = ops.squeeze(self.classifier(x), 1)
         outputs = (x, hidden) if return_hidden else x
         return outputs if cache is None else (outputs, updated)

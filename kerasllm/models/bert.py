@@ -7,7 +7,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasllm.layers import EncoderBlock, LayerNorm, LearnedPositionEmbedding, TokenEmbedding
+from kerasllm.layers import (
+    EncoderBlock,
+    LayerNorm,
+    LearnedPositionEmbedding,
+    TokenEmbedding,
+)
+from kerasllm.layers.dropout import Dropout
 from kerasllm.layers.feed_forward import ACTIVATIONS
 from kerasllm.models.base import SAME, TRANSPOSE, Dialect, LanguageModel, ModelConfig, WeightsTable
 
@@ -308,7 +314,7 @@ class Bert(LanguageModel):
                 config.token_types, config.dim, name="token_type_embedding", **shared
             )
         self.embedding_norm = self._make_norm("embedding_norm")
-        self.embedding_dropout = keras.layers.Dropout(config.dropout, dtype=self.dtype_policy)
+        self.embedding_dropout = Dropout(config.dropout, dtype=self.dtype_policy)
         self.blocks = [
             EncoderBlock(
                 config.dim,
@@ -338,7 +344,7 @@ class Bert(LanguageModel):
             self.classifier_dense = self._make_dense(
                 config.dim, "classifier_dense", activation=config.classifier_activation
             )
-            self.classifier_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+            self.classifier_dropout = Dropout(dropout, dtype=self.dtype_policy)
             self.classifier = self._make_dense(len(config.labels), "classifier")
         self.build((None, None))
 
@@ -375,7 +381,14 @@ class Bert(LanguageModel):
             )
         self.built = True
 
-    def call(self, token_ids, attention_mask=None, token_type_ids=None, training: bool = False):
+    def call(
+        self,
+        token_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        training: bool = False,
+        with_head: bool = True,
+    ):
         """Scores each token or each sequence, or gives hidden states.
 
         Args:
@@ -384,6 +397,7 @@ class Bert(LanguageModel):
             token_type_ids: Integers `[batch, length]`, each below the config's `token_types`, such as 0
                 for the first text of a pair and 1 for the second. None: zeros.
             training: Whether dropout is on.
+            with_head: Whether the head is applied; otherwise the result is what `score_tokens` takes.
 
         Returns:
             Floats. `"masked_lm"`: logits `[batch, length, vocabulary_size]`. `"classifier"`: scores
@@ -397,9 +411,9 @@ class Bert(LanguageModel):
         x = self.embedding_dropout(self.embedding_norm(x), training=training)
         for block in self.blocks:
             x = block(x, attention_mask=attention_mask, training=training)
-        if self.head == "masked_lm":
-            return self._score_tokens(x)
-        if self.head == "classifier":
+        if self.head == "masked_lm" and with_head:
+            return self.score_tokens(x)
+        if self.head == "classifier" and with_head:
             return self._classify(x[:, 0], training)
         return x
 
@@ -420,15 +434,15 @@ class Bert(LanguageModel):
         counted = ops.cast(ops.not_equal(token_ids, padding_id), "int32")
         return ops.cumsum(counted, axis=1) * counted + padding_id
 
-    def _score_tokens(self, x):
+    def score_tokens(self, hidden):
         config = self.config
-        x = ACTIVATIONS[config.head_activation or config.activation](self.head_dense(x))
+        x = ACTIVATIONS[config.head_activation or config.activation](self.head_dense(hidden))
         x = self.head_norm(x)
         if self.untied_head is None:
             x = self.token_embedding(x, reverse=True)
         else:
             x = self.untied_head(x)
-        return x + ops.convert_to_tensor(self.head_bias)
+        return x + ops.cast(self.head_bias, x.dtype)
 
     def _classify(self, x, training):
         if self.config.drop_classifier_input:

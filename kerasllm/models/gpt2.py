@@ -5,7 +5,13 @@ import math
 
 import keras
 
-from kerasllm.layers import DecoderBlock, LayerNorm, LearnedPositionEmbedding, TokenEmbedding
+from kerasllm.layers import (
+    DecoderBlock,
+    LayerNorm,
+    LearnedPositionEmbedding,
+    TokenEmbedding,
+)
+from kerasllm.layers.dropout import Dropout
 from kerasllm.models.base import SAME, SPLIT_IN_THREE, TRANSPOSE, DecoderModel, Dialect, ModelConfig
 
 _DIALECT = Dialect(
@@ -140,7 +146,7 @@ class GPT2(DecoderModel):
             name="position_embedding",
             dtype=dtype,
         )
-        self.embedding_dropout = keras.layers.Dropout(config.dropout, dtype=dtype)
+        self.embedding_dropout = Dropout(config.dropout, dtype=dtype)
         self.blocks = [
             DecoderBlock(
                 config.dim,

@@ -646,6 +646,6 @@ class Llama(DecoderModel):
             x = x * ops.cast(math.sqrt(self.config.dim), x.dtype)
         return x
 
-    def _logits(self, x):
-        logits, cap = super()._logits(x), self.config.logit_cap
+    def score_tokens(self, hidden):
+        logits, cap = super().score_tokens(hidden), self.config.logit_cap
         return logits if cap is None else cap * ops.tanh(logits / cap)

@@ -6,8 +6,15 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasllm.layers import DecoderBlock, EncoderBlock, RelativePositionBias, RMSNorm, TokenEmbedding
+from kerasllm.layers import (
+    DecoderBlock,
+    EncoderBlock,
+    RelativePositionBias,
+    RMSNorm,
+    TokenEmbedding,
+)
 from kerasllm.layers.attention import cache_length
+from kerasllm.layers.dropout import Dropout
 from kerasllm.models.base import (
     SAME,
     TRANSPOSE,
@@ -240,7 +247,9 @@ class T5(LanguageModel):
             name="token_embedding",
             dtype=self.dtype_policy,
         )
-        self.stream_dropout = keras.layers.Dropout(config.dropout, dtype=self.dtype_policy)
+        # One for each place, for a training step may tie a layer to its mask.
+        for place in ("source", "memory", "target", "output"):
+            setattr(self, f"{place}_dropout", Dropout(config.dropout, dtype=self.dtype_policy))
         self.encoder_position_bias = self._make_position_bias("encoder_position_bias", bidirectional=True)
         self.encoder_blocks = [
             self._make_block(EncoderBlock, f"encoder_block_{number}") for number in range(config.num_layers)
@@ -359,10 +368,10 @@ class T5(LanguageModel):
         position_bias = self.encoder_position_bias(
             self._positions(source_ids, None), key_length=ops.shape(source_ids)[1]
         )
-        x = self.stream_dropout(self.token_embedding(source_ids), training=training)
+        x = self.source_dropout(self.token_embedding(source_ids), training=training)
         for block in self.encoder_blocks:
             x = block(x, attention_mask=attention_mask, position_bias=position_bias, training=training)
-        return self.stream_dropout(self.encoder_norm(x), training=training)
+        return self.memory_dropout(self.encoder_norm(x), training=training)
 
     def make_cache(self, batch_size: int, length: int) -> list[tuple[Any, Any]]:
         return [block.attention.make_cache(batch_size, length) for block in self.decoder_blocks]
@@ -403,6 +412,7 @@ class T5(LanguageModel):
         cache_index=None,
         last_index=None,
         training: bool = False,
+        with_head: bool = True,
     ):
         """Predicts the token after each token of the target; without a head, encodes.
 
@@ -422,6 +432,7 @@ class T5(LanguageModel):
                 only if there is a cache.
             last_index: Integers `[batch]`: return the result at this place of each row only.
             training: Whether dropout is on.
+            with_head: Whether the head is applied; otherwise the result is what `score_tokens` takes.
 
         Returns:
             Logits `[batch, length, vocabulary_size]`, or `[batch, 1, …]` with `last_index`; with a cache
@@ -450,7 +461,7 @@ class T5(LanguageModel):
         position_bias = self.decoder_position_bias(
             self._positions(token_ids, cache_index), key_length=key_length
         )
-        x = self.stream_dropout(self.token_embedding(token_ids), training=training)
+        x = self.target_dropout(self.token_embedding(token_ids), training=training)
         updated = []
         for number, block in enumerate(self.decoder_blocks):
             result = block(
@@ -471,10 +482,11 @@ class T5(LanguageModel):
                 updated.append(layer_cache)
         if last_index is not None:
             x = ops.take_along_axis(x, ops.reshape(last_index, (-1, 1, 1)), axis=1)
-        logits = self._logits(self.stream_dropout(self.decoder_norm(x), training=training))
-        return logits if cache is None else (logits, updated)
+        x = self.output_dropout(self.decoder_norm(x), training=training)
+        outputs = self.score_tokens(x) if with_head else x
+        return outputs if cache is None else (outputs, updated)
 
-    def _logits(self, x):
+    def score_tokens(self, hidden):
         if self.untied_head is not None:
-            return self.untied_head(x)
-        return self.token_embedding(x * self.config.dim**-0.5, reverse=True)
+            return self.untied_head(hidden)
+        return self.token_embedding(hidden * self.config.dim**-0.5, reverse=True)

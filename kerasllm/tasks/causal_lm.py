@@ -7,15 +7,18 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras import ops
 
 from kerasllm.data import language_model_dataset
 from kerasllm.export import export_litert, export_saved_model
 from kerasllm.tasks.generation import GeneratingTask
-from kerasllm.training import TokenWeightedTraining
+from kerasllm.tasks.texts import holds_texts
+from kerasllm.training import TokenTraining
+from kerasllm.training.checkpoint import check_order_is_kept
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
-class CausalLM(TokenWeightedTraining, GeneratingTask):
+class CausalLM(TokenTraining, GeneratingTask):
     """A language model with its tokenizer.
 
     Args:
@@ -36,27 +39,46 @@ class CausalLM(TokenWeightedTraining, GeneratingTask):
 
     head = "causal_lm"
 
-    def call(self, token_ids, training: bool = False):
+    def call(self, inputs: Mapping[str, Any] | Any, training: bool = False):
         """Predicts the token after each token.
 
         Args:
-            token_ids: Integers `[batch, length]`.
+            inputs: Integers `[batch, length]`, the token ids; or a mapping of `token_ids` and, each of that
+                shape, `positions`, the place of each token in its text, and `segment_ids`, the number of
+                its text, where a row holds several: no token sees one of another text. Also
+                `attention_mask` as in `DecoderModel.call`.
             training: Whether dropout is on.
 
         Returns:
             Float logits `[batch, length, vocabulary_size]`.
         """
-        return self.model(token_ids, training=training)
+        return self.model(**self._arguments(inputs), training=training)
+
+    @staticmethod
+    def _arguments(inputs) -> dict[str, Any]:
+        """What the model takes."""
+        if not isinstance(inputs, Mapping):
+            return {"token_ids": inputs}
+        inputs = dict(inputs)
+        segments = inputs.pop("segment_ids", None)
+        if segments is not None:
+            if "attention_mask" in inputs:
+                raise ValueError("`segment_ids` and `attention_mask` exclude each other. Received both")
+            inputs["attention_mask"] = ops.cast(segments[:, :, None] == segments[:, None, :], "int32")
+        return inputs
 
     # Training
+
+    def _hidden(self, x, training):
+        return self.model(**self._arguments(x), with_head=False, training=training)
 
     def fit(self, x=None, y=None, batch_size: int | None = None, **kwargs):
         """Trains on texts or on prepared batches; otherwise `keras.Model.fit`.
 
         Args:
             x: A list of texts (documents), a `tf.data.Dataset` of strings, or a `tf.data.Dataset` of
-                `(token_ids, labels, weights)` batches as `kerasllm.data` makes them. Texts are packed
-                end to end and shuffled.
+                `(inputs, labels, weights)` batches as `kerasllm.data` makes them, with inputs as in
+                `call`. Texts are packed end to end and shuffled.
             y: Must be None: the labels are the tokens that follow.
             batch_size: Sequences per step, for texts (default 32).
             **kwargs: For texts, `sequence_length` (default: the model's context) and `shuffle` (default:
@@ -70,9 +92,11 @@ class CausalLM(TokenWeightedTraining, GeneratingTask):
             self.compile()
         validation = kwargs.pop("validation_data", None)
         if validation is not None:
-            sizes = (batch_size, sequence_length) if self._holds_texts(validation) else (None, None)
+            sizes = (batch_size, sequence_length) if holds_texts(validation) else (None, None)
             kwargs["validation_data"] = self._batches(validation, None, *sizes)
         shuffle = kwargs.pop("shuffle", None)
+        if holds_texts(x) and shuffle is not False:
+            check_order_is_kept(kwargs.get("callbacks"))
         x = self._batches(x, y, batch_size, sequence_length, shuffle, default_shuffle=True)
         return super().fit(x, shuffle=False, **kwargs)
 
@@ -95,17 +119,11 @@ class CausalLM(TokenWeightedTraining, GeneratingTask):
         # Keras calls this from fit with batches and asks for what fit needs.
         return super().evaluate(self._batches(x, y, batch_size, sequence_length), **kwargs)
 
-    @staticmethod
-    def _holds_texts(x) -> bool:
-        if isinstance(x, tf.data.Dataset):
-            return getattr(x.element_spec, "dtype", None) == tf.string
-        return isinstance(x, (list, tuple)) and all(isinstance(text, str) for text in x)
-
     def _batches(self, x, y, batch_size, sequence_length, shuffle=None, default_shuffle=False):
         """Turns texts into batches; leaves batches as they are."""
         if y is not None:
             raise ValueError("The labels are the tokens that follow; leave `y` out.")
-        if self._holds_texts(x):
+        if holds_texts(x):
             return language_model_dataset(
                 x,
                 self._require_tokenizer(),
@@ -134,15 +152,16 @@ class CausalLM(TokenWeightedTraining, GeneratingTask):
                 f"A batch must be (token_ids, labels, weights). Received: {len(batch)} elements"
             )
         config = self.model.config
+        token_ids = batch[0]["token_ids"] if isinstance(batch[0], Mapping) else batch[0]
         rules = [
-            (tf.shape(batch[0])[-1] <= config.context_length, ["A sequence must fit into the context"]),
-            (tf.reduce_max(batch[0]) < config.vocabulary_size, ["An id must be in the vocabulary"]),
-            (tf.reduce_min(batch[0]) >= 0, ["An id must be in the vocabulary"]),
+            (tf.shape(token_ids)[-1] <= config.context_length, ["A sequence must fit into the context"]),
+            (tf.reduce_max(token_ids) < config.vocabulary_size, ["An id must be in the vocabulary"]),
+            (tf.reduce_min(token_ids) >= 0, ["An id must be in the vocabulary"]),
             (tf.reduce_max(batch[1]) < config.vocabulary_size, ["A label must be in the vocabulary"]),
             (tf.reduce_min(batch[1]) >= 0, ["A label must be in the vocabulary"]),
         ]
         with tf.control_dependencies([tf.debugging.Assert(*rule) for rule in rules]):
-            return tuple(tf.identity(part) for part in batch)
+            return tf.nest.map_structure(tf.identity, batch)
 
     # Generation
 

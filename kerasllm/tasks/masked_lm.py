@@ -8,11 +8,14 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from kerasllm.tasks.texts import TextTask
+from kerasllm.data import masked_lm_dataset
+from kerasllm.tasks.texts import TextTask, holds_texts
+from kerasllm.training import TokenTraining
+from kerasllm.training.checkpoint import check_order_is_kept
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
-class MaskedLM(TextTask):
+class MaskedLM(TokenTraining, TextTask):
     """A masked language model with its tokenizer.
 
     Args:
@@ -24,10 +27,86 @@ class MaskedLM(TextTask):
     ```python
     model = kerasllm.MaskedLM.from_pretrained("google-bert/bert-base-uncased")
     model.fill_mask("Paris is the [MASK] of France.")[0][0]["token"]
+    model.fit(["Paris is the capital of France.", "…"], epochs=3)
     ```
     """
 
     head = "masked_lm"
+
+    # Training
+
+    def _hidden(self, x, training):
+        return self.model(**self._arguments(x), with_head=False, training=training)
+
+    def fit(self, x=None, y=None, batch_size: int | None = None, **kwargs):
+        """Trains on texts or on prepared batches; otherwise `keras.Model.fit`.
+
+        Args:
+            x: A list of texts (documents), a `tf.data.Dataset` of strings, or a `tf.data.Dataset` of
+                `(inputs, labels, weights)` batches as `kerasllm.data.masked_lm_dataset` makes them.
+            y: Must be None: the labels are what stood at the masks.
+            batch_size: Rows per step, for texts (default 32).
+            **kwargs: For texts, `sequence_length` (default: the model's context), `shuffle` (default: True)
+                and, of `masked_lm_dataset`, `mask_rate` and `whole_words`; `validation_data` takes the
+                same as `x`, with masks that stay the same; the rest as in Keras.
+
+        Returns:
+            Keras's `History`.
+        """
+        options = _pop_options(kwargs, batch_size)
+        if not self.compiled:
+            self.compile()
+        if (validation := kwargs.get("validation_data")) is not None:
+            given = options if holds_texts(validation) else {}
+            kwargs["validation_data"] = self._batches(validation, None, {**given, "shuffle": False})
+        if holds_texts(x):
+            check_order_is_kept(kwargs.get("callbacks"))
+        return super().fit(self._batches(x, y, options, in_training=True), shuffle=False, **kwargs)
+
+    def evaluate(self, x=None, y=None, batch_size: int | None = None, **kwargs):
+        """Measures the loss per masked token, the perplexity and the accuracy.
+
+        Args:
+            x: As in `fit`; texts are masked in the same way each time.
+            y: Must be None.
+            batch_size: As in `fit`.
+            **kwargs: As in `fit` and in Keras.
+
+        Returns:
+            `loss` in nats, `perplexity` and `token_accuracy` by name; with `return_dict=False` a list.
+        """
+        options = _pop_options(kwargs, batch_size)
+        if not self.compiled:
+            self.compile()
+        kwargs.setdefault("return_dict", True)
+        return super().evaluate(self._batches(x, y, options), **kwargs)
+
+    def _batches(self, x, y, options: dict[str, Any], in_training: bool = False) -> tf.data.Dataset:
+        """Turns texts into batches; leaves batches as they are."""
+        if y is not None:
+            raise ValueError("The labels are what stood at the masks; leave `y` out.")
+        if holds_texts(x):
+            return masked_lm_dataset(
+                x,
+                self._require_tokenizer(),
+                **{
+                    "sequence_length": self.model.config.context_length,
+                    "batch_size": 32,
+                    "shuffle": in_training,
+                    "new_masks": in_training,
+                    **options,
+                },
+            )
+        if not isinstance(x, tf.data.Dataset):
+            raise TypeError(
+                "`x` must be a list of texts, a tf.data.Dataset of texts, or one of (inputs, labels, "
+                f"weights) batches. Received: {type(x).__name__}"
+            )
+        if given := sorted(name for name in options if name != "shuffle"):
+            raise ValueError(f"These are for texts; a dataset of batches has its own. Received: {given}")
+        return x
+
+    # Prediction
 
     def fill_mask(
         self,
@@ -109,3 +188,10 @@ class MaskedLM(TextTask):
             }
             for token, token_id, sequence in zip(tokens, best, sequences, strict=True)
         ]
+
+
+def _pop_options(kwargs: dict[str, Any], batch_size: int | None) -> dict[str, Any]:
+    """Takes out what says how texts become batches."""
+    names = ("sequence_length", "shuffle", "mask_rate", "whole_words")
+    options = {name: kwargs.pop(name, None) for name in names} | {"batch_size": batch_size}
+    return {name: value for name, value in options.items() if value is not None}

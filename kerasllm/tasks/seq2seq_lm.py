@@ -11,14 +11,15 @@ from kerasllm.generation import GenerationConfig
 from kerasllm.models import LanguageModel
 from kerasllm.tasks.base import Task
 from kerasllm.tasks.generation import GeneratingTask
-from kerasllm.training import TokenWeightedTraining
+from kerasllm.training import TokenTraining
+from kerasllm.training.checkpoint import check_order_is_kept
 
 # Sources are padded to a multiple of this, so that few lengths have to be compiled for.
 _SOURCE_BUCKET = 32
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
-class Seq2SeqLM(TokenWeightedTraining, GeneratingTask):
+class Seq2SeqLM(TokenTraining, GeneratingTask):
     """An encoder-decoder with its tokenizer.
 
     Args:
@@ -52,6 +53,9 @@ class Seq2SeqLM(TokenWeightedTraining, GeneratingTask):
 
     # Training
 
+    def _hidden(self, x, training):
+        return self.model(**x, with_head=False, training=training)
+
     def fit(self, x=None, y=None, batch_size: int | None = None, **kwargs):
         """Trains on pairs of texts or on prepared batches; otherwise `keras.Model.fit`.
 
@@ -70,6 +74,8 @@ class Seq2SeqLM(TokenWeightedTraining, GeneratingTask):
         if (validation := kwargs.get("validation_data")) is not None:
             kwargs["validation_data"] = self._batches(validation, None, batch_size, shuffle=False)
         shuffle = kwargs.pop("shuffle", True)
+        if shuffle and not isinstance(x, tf.data.Dataset):
+            check_order_is_kept(kwargs.get("callbacks"))
         return super().fit(self._batches(x, y, batch_size, shuffle), shuffle=False, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size: int | None = None, **kwargs):

@@ -8,16 +8,19 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from kerasllm.data import padded_batches
 from kerasllm.models import LanguageModel
 from kerasllm.tasks.texts import Text, TextTask
 from kerasllm.tokenizers import Tokenizer
-from kerasllm.training import AdamW
+from kerasllm.training import AdamW, Training
+from kerasllm.training.checkpoint import check_order_is_kept
+from kerasllm.training.step import BatchPart
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
-class SequenceClassifier(TextTask):
+class SequenceClassifier(Training, TextTask):
     """A classifier of texts or pairs of texts with its tokenizer.
 
     The model's `config.labels` are the names of the classes and its `config.problem_type` says what the
@@ -130,37 +133,53 @@ class SequenceClassifier(TextTask):
         Args:
             optimizer: A Keras optimizer or its name. None: `AdamW` as usual for fine-tuning, with the
                 learning rate 5e-5; a model that starts from nothing learns with ten times that.
-            loss: None: `classification_loss` of the model's problem type.
+            loss: A Keras loss that is a mean over the batch. None: `classification_loss` of the model's
+                problem type.
             metrics: None: the accuracy, for a classification with a single label.
             jit_compile: As in Keras. Batches differ in length, and XLA would compile for each.
-            **kwargs: As in Keras.
+            **kwargs: As in `kerasllm.training.Training.compile` and in Keras.
 
         Raises:
-            ValueError: If the model is on several replicas.
+            ValueError: If the loss is no mean, or as in `kerasllm.training.Training.compile`.
         """
-        replicas = self.distribute_strategy.num_replicas_in_sync
-        if replicas > 1:
+        if getattr(loss, "reduction", "mean") not in ("mean", "sum_over_batch_size"):
             raise ValueError(
-                "Training runs on one replica so far; make the model outside of a "
-                f"`tf.distribute` strategy of several. Received: {replicas} replicas"
+                'The `reduction` of a loss must be "sum_over_batch_size". '
+                f"Received: {loss.name} with reduction={loss.reduction!r}"
             )
         if optimizer is None:
             optimizer = AdamW(5e-5, weight_decay=0.01, beta_2=0.999)
         if metrics is None and self.problem_type == "single_label_classification":
             metrics = [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
         super().compile(
-            optimizer=optimizer,
+            optimizer,
             loss=classification_loss(self.problem_type) if loss is None else loss,
             metrics=metrics,
             jit_compile=jit_compile,
             **kwargs,
         )
-        # Now, for variables that are made while a step is traced make TensorFlow trace it twice.
-        self.optimizer.build(self.trainable_variables)
 
-    def compile_from_config(self, config):
-        """Compiles as before the model was saved; Keras calls it."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
+    def _weigh(self, x, y, sample_weight):
+        return tf.shape(y)[0]
+
+    def _differentiate(self, x, y, sample_weight, variables, scale):
+        with tf.GradientTape() as tape:
+            part = self._sum(x, y, sample_weight, training=True)
+            target = part.objective * tf.cast(scale, part.objective.dtype)
+        gradients = tape.gradient(target, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        # Dense, for the rows of a sparse one may repeat.
+        return part, [tf.convert_to_tensor(gradient) for gradient in gradients]
+
+    def _measure(self, x, y, sample_weight):
+        return self._sum(x, y, sample_weight, training=False)
+
+    def _sum(self, x, y, sample_weight, training) -> BatchPart:
+        scores = self(x, training=training)
+        mean = self.compute_loss(x, y, scores, sample_weight, training=training)
+        # Keras divides by the rows here and by the number of replicas.
+        weight = tf.cast(tf.shape(scores)[0], mean.dtype)
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        return BatchPart(mean * weight * replicas, {}, weight, scores)
 
     def fit(self, x=None, y=None, batch_size: int | None = None, max_length: int | None = None, **kwargs):
         """Trains on texts and their labels or on prepared batches; otherwise `keras.Model.fit`.
@@ -186,6 +205,8 @@ class SequenceClassifier(TextTask):
         if not _holds_texts(x):
             return super().fit(x, y, batch_size=batch_size, **kwargs)
         shuffle = kwargs.pop("shuffle", True)
+        if shuffle:
+            check_order_is_kept(kwargs.get("callbacks"))
         batches = self._batches(x, y, batch_size, max_length, shuffle)
         return super().fit(batches, shuffle=False, **kwargs)
 
@@ -211,21 +232,6 @@ class SequenceClassifier(TextTask):
             return super().evaluate(x, y, batch_size=batch_size, **kwargs)
         return super().evaluate(self._batches(x, y, batch_size, max_length, shuffle=False), **kwargs)
 
-    def train_step(self, data):
-        """Updates the weights on one batch; Keras calls it."""
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        variables = [variable.value for variable in self.trainable_weights]
-        with tf.GradientTape() as tape:
-            scores = self(x, training=True)
-            loss = self.compute_loss(x, y, scores, sample_weight, training=True)
-            scaled = self.optimizer.scale_loss(loss)
-        # Dense: TensorFlow hands out the gradient of a lookup as rows that may repeat, and an
-        # optimizer or a norm over those rows counts a repeated row wrongly.
-        gradients = [tf.convert_to_tensor(gradient) for gradient in tape.gradient(scaled, variables)]
-        self.optimizer.apply(gradients, self.trainable_weights)
-        self._loss_tracker.update_state(loss, sample_weight=ops.shape(scores)[0])
-        return self.compute_metrics(x, y, scores, sample_weight=sample_weight)
-
     def _batches(self, texts, labels, batch_size, max_length, shuffle) -> tf.data.Dataset:
         if labels is None:
             raise ValueError("Texts need their labels: `y` must be given.")
@@ -234,25 +240,14 @@ class SequenceClassifier(TextTask):
             raise ValueError(
                 f"Each text must have a label. Received: {len(rows)} texts, {len(labels)} labels"
             )
-        numbers = tf.data.Dataset.range(len(rows))
-        if shuffle:
-            numbers = numbers.shuffle(len(rows))
-
-        def read(batch):
-            inputs = self._pad([rows[number] for number in batch])
-            return [*inputs.values(), labels[batch]]
-
-        names = list(self._pad(rows[:1]))
-        dtypes = [tf.int32] * len(names) + [tf.as_dtype(labels.dtype)]
-
-        def load(batch):
-            *inputs, targets = tf.numpy_function(read, [batch], dtypes)
-            for array in inputs:
-                array.set_shape([None, None])
-            targets.set_shape([None, *labels.shape[1:]])
-            return dict(zip(names, inputs, strict=True)), targets
-
-        return numbers.batch(batch_size or 32).map(load).prefetch(2)
+        names = ("token_ids", "token_type_ids") if self._has_token_types else ("token_ids",)
+        rows = [
+            {**dict(zip(names, row, strict=False)), "attention_mask": np.ones(len(row[0]), "int32")}
+            for row in rows
+        ]
+        return padded_batches(
+            rows, labels, batch_size or 32, pad_values={"token_ids": self._padding_id}, shuffle=shuffle
+        )
 
     def _read_labels(self, labels) -> np.ndarray:
         """Labels as arrays that the loss takes: int32 `[texts]` or float32 `[texts, labels]`."""

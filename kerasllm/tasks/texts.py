@@ -33,9 +33,12 @@ class TextTask(Task):
         Returns:
             What the model returns.
         """
-        if not isinstance(inputs, Mapping):
-            inputs = {"token_ids": inputs}
-        return self.model(**inputs, training=training)
+        return self.model(**self._arguments(inputs), training=training)
+
+    @staticmethod
+    def _arguments(inputs: Mapping[str, Any] | Any) -> Mapping[str, Any]:
+        """What the model takes."""
+        return inputs if isinstance(inputs, Mapping) else {"token_ids": inputs}
 
     def _encode(
         self, texts: Sequence[Text], max_length: int | None = None, parse_special: bool = False
@@ -115,6 +118,13 @@ class TextTask(Task):
         names = ["token_ids", "attention_mask"] + ["token_type_ids"] * self._has_token_types
         signature = {name: tf.TensorSpec([None, None], tf.int32) for name in names}
         return tf.function(function, input_signature=[signature], autograph=False)
+
+
+def holds_texts(x) -> bool:
+    """Returns whether `x` is a list or a dataset of texts, rather than of batches."""
+    if isinstance(x, tf.data.Dataset):
+        return getattr(x.element_spec, "dtype", None) == tf.string
+    return isinstance(x, list | tuple) and all(isinstance(text, str) for text in x)
 
 
 def encode_texts(

@@ -1,5 +1,6 @@
 """What a training shows while it runs and leaves behind: a bar, a log and a plot."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,8 +10,10 @@ import time
 import keras
 import rich.console
 import rich.progress
+from keras import ops
 
-from kerasllm.files import new_file
+from kerasllm.files import new_file, write_text
+from kerasllm.training.checkpoint import Checkpoints
 
 
 class TrainingProgress(keras.callbacks.Callback):
@@ -22,11 +25,20 @@ class TrainingProgress(keras.callbacks.Callback):
     Args:
         total_steps: Updates of the whole training.
         tokens_per_step: Tokens of one update.
-        log_path: File for one JSON object per update and per validation; None: no file.
+        log_path: File for one JSON object per update and per validation; None: no file. What is there of
+            later updates than a resumed training begins with is taken out.
+        checkpoints: Of a training that may be resumed; they must come before this among the callbacks.
     """
 
-    def __init__(self, total_steps: int, tokens_per_step: int, log_path: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        total_steps: int,
+        tokens_per_step: int,
+        log_path: str | os.PathLike | None = None,
+        checkpoints: Checkpoints | None = None,
+    ):
         super().__init__()
+        self.checkpoints = checkpoints
         self.total_steps = total_steps
         self.tokens_per_step = tokens_per_step
         self.log_path = log_path
@@ -37,9 +49,9 @@ class TrainingProgress(keras.callbacks.Callback):
         self._bar = self._log = None
 
     def on_train_begin(self, logs=None):
-        self._log = open(self.log_path, "w", encoding="utf-8") if self.log_path else None
-        self._loss_sum = 0.0  # of the running epoch, whose mean Keras reports
-        self._epoch_steps = 0
+        self.step = self.checkpoints.position.step if self.checkpoints else 0
+        self._read_log()
+        self._log = open(self.log_path, "a", encoding="utf-8") if self.log_path else None
         self._begin = None
         self._bar = rich.progress.Progress(
             "[progress.description]{task.description}",
@@ -54,7 +66,11 @@ class TrainingProgress(keras.callbacks.Callback):
         self._bar.start()
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._loss_sum, self._epoch_steps = 0.0, 0
+        self._begin = None  # the time of a validation is none of the training's
+        # Sum and number of the losses of the running epoch, whose mean Keras reports.
+        self._epoch_steps = self.checkpoints.position.batch if self.checkpoints else 0
+        mean = float(ops.convert_to_numpy(self.model.metrics[0].result())) if self._epoch_steps else 0.0
+        self._loss_sum = mean * self._epoch_steps
 
     def on_train_batch_end(self, batch, logs=None):
         self.step += 1
@@ -94,6 +110,22 @@ class TrainingProgress(keras.callbacks.Callback):
             self._bar.stop()  # gives the terminal its cursor back
         if self._log:
             self._log.close()
+
+    def _read_log(self):
+        """Takes up what a log says of the updates before this training goes on, and drops the rest."""
+        kept = []
+        if self.step and self.log_path and os.path.exists(self.log_path):
+            for line in pathlib.Path(self.log_path).read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a kill may have cut the last line off
+                    values = json.loads(line)
+                    if values["step"] <= self.step:
+                        kept.append(line)
+                        if "loss" in values:
+                            self.train_losses.append((values["step"], values["loss"]))
+                        if "validation_loss" in values:
+                            self.validation_losses.append((values["step"], values["validation_loss"]))
+        if self.log_path:
+            write_text(self.log_path, "".join(line + "\n" for line in kept))
 
     def _write(self, **values):
         if self._log:

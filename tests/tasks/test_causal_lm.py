@@ -2,9 +2,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from reference.checks import to_numpy
+from reference.weights import randomize
 
-from kerasllm import GPT2, CausalLM, GenerationConfig, GPT2Config
-from kerasllm.data import language_model_dataset
+from kerasllm import GPT2, CausalLM, GenerationConfig, GPT2Config, Llama
+from kerasllm.data import language_model_dataset, packed_dataset
 
 
 def small(tokenizer, **changes):
@@ -127,3 +129,34 @@ def test_in_mixed_precision(tokenizer, stories):
     model = CausalLM(GPT2(config, dtype="mixed_bfloat16"), tokenizer)
     model.fit(stories[:4], verbose=0)
     assert isinstance(model.generate("The", max_new_tokens=4), str)
+
+
+@pytest.mark.parametrize("family", [GPT2, Llama])
+def test_packed_documents_do_not_see_each_other(family):
+    sizes = {"vocabulary_size": 30, "context_length": 16, "num_layers": 2, "num_heads": 4, "dim": 16}
+    if family is Llama:
+        sizes |= {"num_kv_heads": 2, "intermediate_dim": 24}
+    model = CausalLM(randomize(family(family.config_class(**sizes))))
+    rng = np.random.default_rng(0)
+    lengths = (5, 1, 6)
+    documents = [rng.integers(0, 30, (1, length)) for length in lengths]
+    packed = {
+        "token_ids": np.concatenate([*documents, np.zeros((1, 2), int)], axis=1),
+        "segment_ids": np.repeat([[1, 2, 3, 0]], [*lengths, 2], axis=1),
+        "positions": np.concatenate([*map(np.arange, lengths), np.zeros(2, int)])[None],
+    }
+    got = to_numpy(model(packed))
+    alone = np.concatenate([to_numpy(model(document)) for document in documents], axis=1)
+    np.testing.assert_allclose(got[:, :12], alone, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="exclude each other"):
+        model({**packed, "attention_mask": np.ones((1, 14), int)})
+
+
+def test_learns_from_packed_documents(tokenizer, stories):
+    keras.utils.set_random_seed(0)
+    config = GPT2Config(vocabulary_size=400, context_length=32, num_layers=1, num_heads=2, dim=32)
+    model = CausalLM(GPT2(config), tokenizer)
+    model.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
+    batches = packed_dataset(stories[:40], tokenizer, 32, 4, shuffle=True)
+    losses = model.fit(batches, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] - 0.5

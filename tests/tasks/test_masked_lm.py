@@ -1,5 +1,7 @@
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from reference.checks import to_numpy
 from reference.weights import randomize
 from reference.word_piece import make_word_piece
@@ -105,3 +107,46 @@ def test_transformers_finds_the_same(model, tmp_path):
                 if candidate["token"] != "[PAD]":  # they take padding out of the text
                     assert candidate["sequence"] == other["sequence"]
                 np.testing.assert_allclose(candidate["score"], other["score"], rtol=1e-4)
+
+
+class TestTraining:
+    def test_learns_what_is_masked(self):
+        keras.utils.set_random_seed(0)
+        model = MaskedLM(Bert(CONFIG), make_word_piece())
+        texts = ["the cat sat on the mat.", "a dog under the tree"] * 6
+        model.compile(keras.optimizers.Adam(2e-2), jit_compile=False)
+        options = {"sequence_length": 12, "mask_rate": 0.3, "batch_size": 4}
+        before = model.evaluate(texts, verbose=0, **options)
+        assert model.evaluate(texts, verbose=0, **options) == before  # the same masks again
+        history = model.fit(texts, epochs=12, validation_data=texts, verbose=0, **options).history
+        assert history["val_loss"][-1] < before["loss"] - 1
+        assert set(before) == {"loss", "perplexity", "token_accuracy"}
+
+    def test_step_is_the_gradient_of_the_mean_over_the_masked(self):
+        model, reference = (MaskedLM(randomize(Bert(CONFIG))) for _ in range(2))
+        rng = np.random.default_rng(0)
+        inputs = {"token_ids": rng.integers(0, 28, (3, 9)), "attention_mask": np.ones((3, 9), "int32")}
+        labels, weights = rng.integers(0, 28, (3, 9)), (rng.random((3, 9)) < 0.3).astype("float32")
+        variables = [weight.value for weight in reference.trainable_weights]
+        with tf.GradientTape() as tape:
+            losses = keras.losses.sparse_categorical_crossentropy(
+                labels, reference(inputs), from_logits=True
+            )
+            loss = tf.reduce_sum(losses * weights) / weights.sum()
+        gradients = tape.gradient(loss, variables)
+        model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
+        batches = tf.data.Dataset.from_tensors((inputs, labels, weights))
+        history = model.fit(batches, verbose=0).history
+        np.testing.assert_allclose(history["loss"][0], loss, rtol=1e-5)
+        for got, variable, gradient in zip(model.trainable_weights, variables, gradients, strict=True):
+            want = variable - 0.1 * tf.convert_to_tensor(gradient)
+            np.testing.assert_allclose(to_numpy(got), want, rtol=1e-4, atol=1e-6)
+
+    def test_what_does_not_fit_is_refused(self, model):
+        with pytest.raises(ValueError, match="leave `y` out"):
+            model.fit(TEXTS, [1, 2, 3])
+        with pytest.raises(TypeError, match="`x` must be a list of texts"):
+            model.fit(np.zeros((2, 3)))
+        batches = tf.data.Dataset.from_tensors((np.ones((1, 3)),) * 3)
+        with pytest.raises(ValueError, match=r"are for texts.*mask_rate"):
+            model.fit(batches, mask_rate=0.2)

@@ -1,10 +1,12 @@
 import dataclasses
+import json
 
 import pytest
 
 from kerasllm.config import load_run_config
 from kerasllm.tasks import CausalLM
 from kerasllm.tasks.train import train, train_to_folder
+from kerasllm.training import TrainingProgress
 
 SMALL = [
     "output=unused",
@@ -50,6 +52,42 @@ def test_to_folder(tmp_path):
     assert loaded.generate("The", max_new_tokens=4) == result.model.generate("The", max_new_tokens=4)
     with pytest.raises(FileExistsError, match="never overwrites a model"):
         train_to_folder(run)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    settings = [*SMALL, "training.steps=8", "training.validate_every=4", "training.save_every=1"]
+
+    def run_in(name, *more):
+        return load_run_config(None, [*settings, f"output={tmp_path / name}", *more])
+
+    straight = train_to_folder(run_in("straight"))
+    write = TrainingProgress._write
+
+    def fail_after_6(self, **values):
+        write(self, **values)
+        if values["step"] == 6:
+            raise Interrupted
+
+    with monkeypatch.context() as context, pytest.raises(Interrupted):
+        context.setattr(TrainingProgress, "_write", fail_after_6)
+        train_to_folder(run_in("stopped"))
+    with pytest.raises(ValueError, match=r"goes on with the settings .* Received other.*\['seed'\]"):
+        train_to_folder(run_in("stopped", "seed=3"))
+    resumed = train_to_folder(run_in("stopped"))
+    ours, theirs = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("stopped", "straight")
+    )
+    assert ours == theirs
+    assert resumed.progress.train_losses == pytest.approx(straight.progress.train_losses, rel=1e-5)
+    assert resumed.progress.validation_losses == straight.progress.validation_losses
+    lines = [
+        json.loads(line) for line in (tmp_path / "stopped" / "training.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
 
 
 def test_same_seed_same_run():

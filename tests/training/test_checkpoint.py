@@ -1,0 +1,176 @@
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+import tensorflow as tf
+from keras import ops
+
+from kerasllm import GPT2, CausalLM, GPT2Config
+from kerasllm.training import AdamW, Checkpoints, cosine_schedule
+
+
+def make_model(dtype=None, optimizer=None, **changes):
+    keras.utils.set_random_seed(0)
+    sizes = {"vocabulary_size": 20, "context_length": 6, "num_layers": 1, "num_heads": 2, "dim": 8}
+    model = CausalLM(GPT2(GPT2Config(**{**sizes, "dropout": 0.2, **changes}), dtype=dtype))
+    # Eager, for tracing costs more than these few steps.
+    model.compile(optimizer or AdamW(cosine_schedule(1e-2, 20, 2)), run_eagerly=True)
+    return model
+
+
+def make_batches(count=4):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 20, (2 * count, 7)).astype("int32")
+    weights = (rng.random((2 * count, 6)) < 0.8).astype("float32")
+    return tf.data.Dataset.from_tensor_slices((ids[:, :-1], ids[:, 1:], weights)).batch(2)
+
+
+class StopAfter(keras.callbacks.Callback):
+    """Ends a training as a kill would: nothing is called after it."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches -= 1
+        if not self.batches:
+            raise KeyboardInterrupt
+
+
+def state(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return [ops.convert_to_numpy(variable) for variable in variables]
+
+
+# In the middle of an epoch and at its end; epochs that are passes over the data, and parts of one pass.
+@pytest.mark.parametrize(
+    ("stop", "dtype", "is_stream"),
+    [(3, "float32", False), (6, "float32", True), (4, "mixed_float16", False)],
+)
+def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path, stop, dtype, is_stream):
+    batches = make_batches(12 if is_stream else 4)
+    epochs = {"epochs": 3, "steps_per_epoch": 4 if is_stream else None}
+    kwargs = {**epochs, "validation_data": make_batches(2), "verbose": 0}
+    straight = make_model(dtype)
+    history = straight.fit(batches, **kwargs).history
+
+    with pytest.raises(KeyboardInterrupt):
+        make_model(dtype).fit(batches, callbacks=[Checkpoints(tmp_path, 1), StopAfter(stop)], **kwargs)
+    resumed = make_model(dtype)
+    got = resumed.fit(batches, callbacks=[Checkpoints(tmp_path, 1)], **kwargs).history
+    for ours, theirs in zip(state(resumed), state(straight), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for name, values in got.items():  # of the epochs that were run here, the interrupted one as a whole
+        np.testing.assert_array_equal(values, history[name][-len(values) :])
+    assert not resumed.fit(batches, callbacks=[Checkpoints(tmp_path, 1)], **kwargs).history  # all is done
+
+
+def test_averages_of_the_weights_are_taken_once(tmp_path):
+    """`fit` ends by putting them in the weights' place, and a resumed training is two calls of it."""
+
+    def make():
+        return make_model(optimizer=AdamW(1e-2, use_ema=True, ema_momentum=0.5))
+
+    straight = make()
+    straight.fit(make_batches(), epochs=2, verbose=0)
+    with pytest.raises(KeyboardInterrupt):
+        make().fit(make_batches(), epochs=2, callbacks=[Checkpoints(tmp_path, 1), StopAfter(2)], verbose=0)
+    resumed = make()
+    resumed.fit(make_batches(), epochs=2, callbacks=[Checkpoints(tmp_path, 1)], verbose=0)
+    for ours, theirs in zip(state(resumed), state(straight), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_last_ones_and_the_best_stay(tmp_path):
+    model = make_model(optimizer=AdamW(0.3))  # too fast: the validation gets worse
+    checkpoints = Checkpoints(tmp_path, every_steps=2, keep=2)
+    history = model.fit(
+        make_batches(), epochs=5, validation_data=make_batches(1), callbacks=[checkpoints], verbose=0
+    ).history
+    best = 4 * (1 + int(np.argmin(history["val_loss"])))
+    assert checkpoints.best_step() == best
+    assert checkpoints.steps() == sorted({best, 18, 20})
+    model.fit(make_batches(), epochs=1, verbose=0)
+    assert checkpoints.restore(model, best).epoch == best // 4
+    assert model.evaluate(make_batches(1), verbose=0)["loss"] == min(history["val_loss"])
+
+
+def test_sigterm_saves_and_exits_with_0(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_checkpoint import *
+class Terminate(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+make_model().fit(make_batches(), callbacks=[Terminate(), Checkpoints({str(tmp_path)!r})], verbose=0)
+sys.exit("went on")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    position = Checkpoints(tmp_path).restore(make_model())
+    assert position == (3, 0, 3)
+
+
+def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path, monkeypatch):
+    model, checkpoints = make_model(), Checkpoints(tmp_path, every_steps=2)
+    real, calls = safetensors.numpy.save_file, []
+
+    def fail_at_second(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail_at_second)
+    with pytest.raises(OSError, match=r"could not be written .* are whole: \[2\].*No space left"):
+        model.fit(make_batches(), epochs=3, callbacks=[checkpoints], verbose=0)
+    assert os.listdir(tmp_path) == ["step-00000002.safetensors"]
+    assert checkpoints.restore(make_model()) == (2, 0, 2)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    model = make_model()
+    model.fit(make_batches(), callbacks=[checkpoints := Checkpoints(tmp_path)], verbose=0)
+    path = checkpoints.path(4)
+    content = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"the model must have the same variables.*\[20, 8\] there, .*\[21, 8\] here"
+    ):
+        checkpoints.restore(make_model(vocabulary_size=21))
+    with pytest.raises(ValueError, match="the optimizer must have the same variables"):
+        checkpoints.restore(make_model(optimizer=keras.optimizers.SGD(0.1)))
+    for damaged in (content[:100], content[:-10], b"", b"\xff" * 200):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="delete it to go on from the one before"):
+            checkpoints.restore(model)
+    safetensors.numpy.save_file({"a": np.zeros(2)}, path)
+    with pytest.raises(ValueError, match="must have the format"):
+        checkpoints.restore(model)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint after step 7. There are: \[4\]"):
+        checkpoints.restore(model, 7)
+
+
+@pytest.mark.parametrize("change", [{"every_steps": 0}, {"keep": 0}])
+def test_arguments_out_of_range_are_refused(tmp_path, change):
+    with pytest.raises(ValueError, match="must be"):
+        Checkpoints(tmp_path, **change)
+
+
+def test_best_is_readable(tmp_path):
+    model = make_model()
+    model.fit(make_batches(), validation_data=make_batches(1), callbacks=[Checkpoints(tmp_path)], verbose=0)
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best["step"] == 4 and best["monitor"] == "val_loss" and best["value"] > 0
+
+
+def test_texts_in_random_order_are_refused(tmp_path, tokenizer):
+    model = CausalLM(GPT2(GPT2Config(vocabulary_size=400, num_layers=1, num_heads=1, dim=8)), tokenizer)
+    with pytest.raises(ValueError, match="need batches that are the same in each run"):
+        model.fit(["A text.", "Another one."], callbacks=[Checkpoints(tmp_path)])
