@@ -20,7 +20,7 @@ ALLOWED = {
     "config": {"models"},
     "checkpoints": {"models", "tokenizers", "files"},
     "generation": {"layers", "models", "tokenizers"},
-    "training": {"layers", "models", "data", "tokenizers", "config", "files"},
+    "training": {"layers", "models", "data", "tokenizers", "config", "files", "version"},
     "export": {"models", "generation", "tokenizers", "files", "version"},
     "tasks": {
         "checkpoints", "config", "data", "evaluation", "export", "files", "generation", "models",

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -227,6 +228,7 @@ class Checkpoints(keras.callbacks.Callback):
         last, before = self.position.step, self._before
         self.position = Position(before.step + batch + 1, before.epoch, before.batch + batch + 1)
         if self._is_terminated:
+            self._check_loss(logs)
             # Other workers may be a step further or back, so nothing that takes all of them.
             self.save(with_metrics=not is_multi_worker(self.model.distribute_strategy), wait=True)
             self.close()
@@ -234,9 +236,22 @@ class Checkpoints(keras.callbacks.Callback):
         is_last = batch + 1 == self.params.get("steps")  # that save comes after the validation
         if self.every_steps and not is_last:
             if self.position.step // self.every_steps > last // self.every_steps:
+                self._check_loss(logs)
                 self.save()
 
+    def _check_loss(self, logs):
+        """Ends a training that has lost its way, before the good saves are replaced."""
+        loss = float((logs or {}).get("loss", 0.0))  # a mean of the epoch, which keeps a NaN
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        if not math.isfinite(loss) and getattr(optimizer, "skip_above", None) is None:
+            raise ValueError(
+                f"The loss must be a number. Received: {loss} by step {self.position.step}; the last saves "
+                f"are of the steps {self.steps()}. Lower the learning rate, or give the optimizer "
+                "`skip_above`, which leaves such updates out"
+            )
+
     def on_epoch_end(self, epoch, logs=None):
+        self._check_loss(logs)
         self.position = Position(self.position.step, epoch + 1, 0)
         value = (logs or {}).get(self.monitor)
         self.save(value=None if value is None else float(value))

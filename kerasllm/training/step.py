@@ -6,6 +6,8 @@ sum over microbatches, densify, sum over replicas, check the loss scale, clip, u
 divided by the weight of the whole batch, which is known before.
 """
 
+import hashlib
+import json
 from typing import Any, ClassVar, NamedTuple
 
 import keras
@@ -16,6 +18,7 @@ from kerasllm.training.checkpoint import Checkpoints, fit_from_checkpoint, is_mu
 from kerasllm.training.dropout import dropout_by_row
 from kerasllm.training.loss import chunked_token_loss, chunked_token_sums, token_sums
 from kerasllm.training.optimizer import AdamW
+from kerasllm.version import __version__
 
 _STRATEGIES = (
     tf.distribute.MirroredStrategy,
@@ -115,6 +118,8 @@ class Training:
     def fit(self, x=None, y=None, **kwargs):
         """Trains; see `keras.Model.fit`. With `Checkpoints` among the callbacks, from the last save on."""
         self._check_batches(x)
+        if is_multi_worker(self.distribute_strategy):
+            self._check_workers_agree()
         callbacks = kwargs.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
         checkpoints = [each for each in callbacks if isinstance(each, Checkpoints)]
@@ -138,6 +143,28 @@ class Training:
             raise ValueError(
                 "A batch must have a row for each replica. "
                 f"Received: batches of {sizes[0]} rows, {replicas} replicas"
+            )
+
+    def _check_workers_agree(self) -> None:
+        """Refuses workers that would train something else than the others."""
+        optimizer = keras.saving.serialize_keras_object(self.optimizer)
+        shapes = [(variable.shape, variable.dtype) for variable in self.variables]
+        facts = [__version__, self.get_config(), shapes, optimizer, self._compile_options]
+        text = json.dumps(facts, sort_keys=True, default=str)
+        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") // 2
+
+        @tf.function(autograph=False)
+        def gather():
+            context = tf.distribute.get_replica_context()
+            return context.all_gather(tf.constant([digest], tf.int32), axis=0)
+
+        strategy = self.distribute_strategy
+        digests = strategy.experimental_local_results(strategy.run(gather))[0].numpy()
+        if len(set(digests)) > 1:
+            others = [number for number, each in enumerate(digests) if each != digests[0]]
+            raise ValueError(
+                "All workers must have the same version of kerasllm, model, optimizer and settings. "
+                f"Received others than in worker 0 from {others} of {len(digests)}"
             )
 
     # What a task says; each gets a part of a batch.

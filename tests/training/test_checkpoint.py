@@ -135,6 +135,17 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path, monkeypatch):
     assert checkpoints.restore(make_model()) == (2, 0, 2)
 
 
+def test_a_loss_that_is_no_number_replaces_no_save(tmp_path):
+    good, checkpoints = make_batches(), Checkpoints(tmp_path, every_steps=1, keep=1)
+    bad = good.map(lambda ids, labels, weights: (ids, labels, weights * np.nan))
+    with pytest.raises(ValueError, match=r"The loss must be a number. Received: nan by step 5; .* \[4\]"):
+        make_model().fit(good.concatenate(bad), epochs=2, callbacks=[checkpoints], verbose=0)
+    assert checkpoints.steps() == [4]
+    guarded = make_model(optimizer=AdamW(1e-2, skip_above=np.inf))
+    guarded.fit(good.concatenate(bad), callbacks=[Checkpoints(tmp_path / "other")], verbose=0)
+    assert all(np.isfinite(ops.convert_to_numpy(weight)).all() for weight in guarded.weights)
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     model = make_model()
     model.fit(make_batches(), callbacks=[checkpoints := Checkpoints(tmp_path)], verbose=0)
