@@ -240,36 +240,46 @@ class Training:
                 microbatch = tf.nest.map_structure(lambda values: values[number], parts)
                 return self._differentiate(*microbatch, variables, scale)
 
-        part, gradients = compute(0)
+        if count == 1:
+            part, gradients = compute(0)
+            predictions = part.predictions
+            return part._replace(predictions=None if predictions is None else predictions[:rows]), gradients
         # None has no place in a loop: the predictions are a list of one array or of none.
+        shapes = []
+
+        def add(number, objective, sums, weight, gradients, predictions):
+            part, more = compute(number)
+            if predictions:
+                shapes.append(part.predictions.shape)
+                predictions = [predictions[0].write(number, part.predictions)]
+            objective += tf.cast(part.objective, objective.dtype)
+            weight += tf.cast(part.weight, weight.dtype)
+            sums = {name: total + tf.cast(part.sums[name], total.dtype) for name, total in sums.items()}
+            return number + 1, objective, sums, weight, _add(gradients, more), predictions
+
+        zero = tf.zeros([], self._sum_dtype)
         predictions = []
-        if part.predictions is not None:
-            array = tf.TensorArray(part.predictions.dtype, count, infer_shape=False)
-            predictions = [array.write(0, part.predictions)]
-
-        def add(number, sums, gradients, predictions):
-            more, more_gradients = compute(number)
-            return (
-                number + 1,
-                tf.nest.map_structure(tf.add, sums, list(more[:3])),
-                _add(gradients, more_gradients),
-                [array.write(number, more.predictions) for array in predictions],
-            )
-
-        sums = list(part[:3])
-        if count > 1:
-            _, sums, gradients, predictions = tf.while_loop(
-                lambda number, *_: number < count,
-                add,
-                (tf.constant(1), sums, gradients, predictions),
-                parallel_iterations=1,
-                maximum_iterations=count - 1,
-            )
-        if not predictions:
-            return BatchPart(*sums, None), gradients
-        outputs = predictions[0].concat()[:rows]
-        outputs.set_shape([None, *part.predictions.shape[1:]])
-        return BatchPart(*sums, outputs), gradients
+        if self._compile_metrics is not None:
+            predictions = [tf.TensorArray(self.compute_dtype, count, infer_shape=False)]
+        _, objective, sums, weight, gradients, predictions = tf.while_loop(
+            lambda number, *_: number < count,
+            add,
+            (
+                tf.constant(0),
+                zero,
+                dict.fromkeys(self.mean_metrics, zero),
+                zero,
+                [tf.zeros(variable.shape, variable.dtype) for variable in variables],
+                predictions,
+            ),
+            parallel_iterations=1,
+            maximum_iterations=count,
+        )
+        outputs = None
+        if predictions:
+            outputs = predictions[0].concat()[:rows]
+            outputs.set_shape([None, *shapes[0][1:]])
+        return BatchPart(objective, sums, weight, outputs), gradients
 
     def _report(self, batch, part: BatchPart):
         """Counts a part into the metrics and returns their values over all replicas."""
