@@ -429,7 +429,7 @@ MUTANTS = [
     Mutant(
         "tied head of T5 with an unscaled input",
         "models/t5.py",
-        (("x * self.config.dim**-0.5", "x"),),
+        (("hidden * self.config.dim**-0.5", "hidden"),),
         T5,
         "test_matches_numpy",
     ),

@@ -165,7 +165,7 @@ class TestTraining:
         ).history
         assert history["val_accuracy"][-1] == 1.0
         assert history["val_loss"][-1] < 0.1 < before["loss"]
-        assert model.classify("an awful dog")[0]["label"] == "bad"
+        assert model.classify(self.bad[0])[0]["label"] == "bad"
 
     def test_learns_several_labels(self):
         model = self.fresh(labels=("good", "cat"), problem_type="multi_label_classification")

@@ -103,7 +103,7 @@ def test_the_last_ones_and_the_best_stay(tmp_path):
 
 def test_sigterm_saves_and_exits_with_0(tmp_path):
     code = f"""
-import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+import signal, sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_checkpoint import *
 class Terminate(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
