@@ -233,7 +233,7 @@ class Checkpoints(keras.callbacks.Callback):
             self.save(with_metrics=not is_multi_worker(self.model.distribute_strategy), wait=True)
             self.close()
             raise SystemExit(0)
-        is_last = batch + 1 == self.params.get("steps")  # that save comes after the validation
+        is_last = self.position.batch == self.params.get("steps")  # that save comes after the validation
         if self.every_steps and not is_last:
             if self.position.step // self.every_steps > last // self.every_steps:
                 self._check_loss(logs)
@@ -317,6 +317,7 @@ def fit_from_checkpoint(fit: Callable, model, x, checkpoints: Checkpoints, **kwa
             )
         epochs, steps = kwargs.pop("epochs", 1), kwargs.pop("steps_per_epoch", None)
         kwargs.pop("initial_epoch", None)
+        cardinality = int(x.cardinality())  # negative where it is not known
         callbacks = _OneTraining(
             kwargs.pop("callbacks"),
             add_history=True,
@@ -324,7 +325,7 @@ def fit_from_checkpoint(fit: Callable, model, x, checkpoints: Checkpoints, **kwa
             model=model,
             verbose=kwargs.get("verbose", "auto"),
             epochs=epochs,
-            steps=steps,
+            steps=steps or (cardinality if cardinality > 0 else None),
         )
         epoch, batch = position.epoch, position.batch
         if epoch >= epochs:

@@ -63,12 +63,17 @@ def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path, stop, 
     with pytest.raises(KeyboardInterrupt):
         make_model(dtype).fit(batches, callbacks=[Checkpoints(tmp_path, 1), StopAfter(stop)], **kwargs)
     resumed = make_model(dtype)
-    got = resumed.fit(batches, callbacks=[Checkpoints(tmp_path, 1)], **kwargs).history
+    checkpoints = Checkpoints(tmp_path, every_steps=1, keep=100)
+    got = resumed.fit(batches, callbacks=[checkpoints], **kwargs).history
     for ours, theirs in zip(state(resumed), state(straight), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     for name, values in got.items():  # of the epochs that were run here, the interrupted one as a whole
         np.testing.assert_array_equal(values, history[name][-len(values) :])
     assert not resumed.fit(batches, callbacks=[Checkpoints(tmp_path, 1)], **kwargs).history  # all is done
+    # The save at the end of an epoch is that after the validation, and the next epoch's beginning.
+    positions = [checkpoints.restore(resumed, step) for step in checkpoints.steps()]
+    assert all(position.step == 4 * position.epoch + position.batch for position in positions)
+    assert all(position.batch < 4 for position in positions)
 
 
 def test_averages_of_the_weights_are_taken_once(tmp_path):
