@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 import pytest
 from reference.checks import assert_close, check_layer, to_numpy
@@ -58,6 +59,7 @@ def test_dropout_is_for_training_only(cls, reference):
 
 @BOTH
 def test_activation_dropout_is_inside(cls, reference):
+    keras.utils.set_random_seed(0)  # all units of a row may be dropped, once in a few hundred times
     layer = build(cls, 12, activation_dropout=0.5)
     np.testing.assert_array_equal(to_numpy(layer(X)), to_numpy(build(cls, 12)(X)))
     outputs = to_numpy(layer(X, training=True))
