@@ -14,7 +14,7 @@ from kerasllm.tasks.texts import Text, TextTask
 from kerasllm.tokenizers import Tokenizer
 from kerasllm.training import AdamW, Training
 from kerasllm.training.checkpoint import check_order_is_kept
-from kerasllm.training.step import BatchPart
+from kerasllm.training.step import BatchPart, dense
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -167,8 +167,7 @@ class SequenceClassifier(Training, TextTask):
             part = self._sum(x, y, sample_weight, training=True)
             target = part.objective * tf.cast(scale, part.objective.dtype)
         gradients = tape.gradient(target, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        # Dense, for the rows of a sparse one may repeat.
-        return part, [tf.convert_to_tensor(gradient) for gradient in gradients]
+        return part, dense(gradients)
 
     def _measure(self, x, y, sample_weight):
         return self._sum(x, y, sample_weight, training=False)

@@ -391,7 +391,7 @@ class TokenTraining(Training):
                 hidden, variables, output_gradients=to_hidden, unconnected_gradients=zero
             )
             gradients = _add(gradients, of_head)
-        return self._part(sums, logits), [tf.convert_to_tensor(gradient) for gradient in gradients]
+        return self._part(sums, logits), dense(gradients)
 
     def _measure(self, x, y, sample_weight):
         hidden = self._hidden(x, training=False)
@@ -422,10 +422,16 @@ def _sum_over_replicas(values):
 
 def _add(gradients: list, others: list) -> list:
     """Dense sums of gradients, where None stands for zero."""
-    # Dense: TensorFlow hands out the gradient of a lookup as rows that may repeat, and an optimizer or a
-    # norm over those rows counts a repeated row wrongly.
-    gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
-    return [old if new is None else old + new for old, new in zip(gradients, others, strict=True)]
+    return [old if new is None else old + new for old, new in zip(dense(gradients), others, strict=True)]
+
+
+def dense(gradients: list) -> list:
+    """Returns gradients as dense tensors.
+
+    TensorFlow hands out the gradient of a lookup as rows that may repeat, and an optimizer or a norm over
+    those rows counts a repeated row wrongly.
+    """
+    return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
 
 def _check_compile(strategy, optimizer, microbatches, seed, kwargs) -> None:
