@@ -1,11 +1,14 @@
 """Updates that are left out: of gradients that are not finite, or far larger than those before."""
 
+import keras
 import tensorflow as tf
 from keras import ops
 
 
 class Guarded:
-    """Lets an optimizer leave out updates that would harm; a mixin, before a Keras optimizer.
+    """Notes the norm of the gradients, and lets an optimizer leave out updates that would harm.
+
+    A mixin, before a Keras optimizer.
 
     The norm of all gradients together, before they are clipped, is compared with those of the batches
     before; Chowdhery et al.: "PaLM" (2022) got over their spikes of the loss by leaving out the batches
@@ -20,7 +23,7 @@ class Guarded:
         **kwargs: Of the optimizer.
 
     Attributes:
-        gradient_norm: With `skip_above`, the last norm, before clipping: a variable.
+        gradient_norm: The last norm, before clipping: a variable.
         skipped_updates: With `skip_above`, the number of updates that were left out: a variable.
 
     Raises:
@@ -46,11 +49,11 @@ class Guarded:
         if self.built:
             return
         super().build(variables)
-        if self.skip_above is None:
-            return
         # As the optimizer's count of updates: the same on all replicas.
         shared = {"aggregation": "only_first_replica"}
         self.gradient_norm = self.add_variable((), dtype="float32", name="gradient_norm", **shared)
+        if self.skip_above is None:
+            return
         self.skipped_updates = self.add_variable((), dtype="int", name="skipped_updates", **shared)
         self._norms = self.add_variable((self.skip_window,), dtype="float32", name="norms", **shared)
         self._norm_count = self.add_variable((), dtype="int", name="norm_count", **shared)
@@ -58,11 +61,18 @@ class Guarded:
     def apply(self, grads, trainable_variables=None):
         """Updates the variables, or leaves it; see `keras.optimizers.Optimizer.apply`."""
         update = super().apply
-        if self.skip_above is None:
+        if not self.built and trainable_variables is not None:
+            self.build(list(trainable_variables))
+        if not (self.built and len(grads)):  # Keras has something to say about it
             update(grads, trainable_variables)
             return
-        if not self.built:
-            self.build(list(trainable_variables))
+        if self.skip_above is None:
+            self.gradient_norm.assign(self._measure(grads))
+            update(grads, trainable_variables)
+            return
+        if keras.backend.backend() != "tensorflow":
+            self._apply_and_take_back(grads, trainable_variables, update)
+            return
         if tf.__internal__.distribute.strategy_supports_no_merge_call():
             is_good = self._judge(self._measure(grads))
             ops.cond(is_good, lambda: update(grads, trainable_variables), lambda: None)
@@ -82,25 +92,37 @@ class Guarded:
 
         tf.distribute.get_replica_context().merge_call(apply_everywhere, args=(grads, trainable_variables))
 
+    def _apply_and_take_back(self, grads, trainable_variables, update):
+        """As `apply`, for backends whose branches cannot assign."""
+        is_good = self._judge(self._measure(grads))
+        if trainable_variables is None:
+            trainable_variables = self._trainable_variables
+        variables = [*trainable_variables, *self.variables]
+        before = [ops.convert_to_tensor(variable) for variable in variables]
+        update(grads, trainable_variables)
+        for variable, old in zip(variables, before, strict=True):
+            variable.assign(ops.where(is_good, ops.convert_to_tensor(variable), old))
+
     def _measure(self, gradients):
         """The norm of all gradients together."""
-        gradients = [tf.convert_to_tensor(each) for each in gradients if each is not None]
-        squares = [tf.reduce_sum(tf.square(tf.cast(each, "float32"))) for each in gradients]
-        return tf.sqrt(tf.add_n(squares)) / (self.loss_scale_factor or 1.0)
+        # TensorFlow's rows of a gradient that may repeat have to be summed first.
+        gradients = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
+        squares = [ops.sum(ops.square(ops.cast(g, "float32"))) for g in gradients if g is not None]
+        return ops.sqrt(sum(squares, ops.zeros((), "float32"))) / (self.loss_scale_factor or 1.0)
 
     def _judge(self, norm):
         """Takes note of a norm and returns whether to update."""
-        is_finite = tf.math.is_finite(norm)
-        norms, count = tf.convert_to_tensor(self._norms.value), tf.convert_to_tensor(self._norm_count.value)
-        median = tf.sort(norms)[self.skip_window // 2]
-        is_spike = (count >= self.skip_window) & (norm > self.skip_above * median)
-        is_good = is_finite & ~is_spike
+        is_finite = ops.isfinite(norm)
+        norms, count = ops.convert_to_tensor(self._norms), ops.convert_to_tensor(self._norm_count)
+        median = ops.sort(norms)[self.skip_window // 2]
+        is_spike = ops.logical_and(count >= self.skip_window, norm > self.skip_above * median)
+        is_good = ops.logical_and(is_finite, ops.logical_not(is_spike))
         # Spikes count too, or a training whose gradients have grown for good would never go on.
-        is_oldest = tf.range(self.skip_window, dtype=count.dtype) == count % self.skip_window
-        self._norms.assign(tf.where(is_finite & is_oldest, norm, norms))
-        self._norm_count.assign_add(tf.cast(is_finite, count.dtype))
+        is_oldest = ops.arange(self.skip_window, dtype=self._norm_count.dtype) == count % self.skip_window
+        self._norms.assign(ops.where(ops.logical_and(is_finite, is_oldest), norm, norms))
+        self._norm_count.assign_add(ops.cast(is_finite, self._norm_count.dtype))
         self.gradient_norm.assign(norm)
-        self.skipped_updates.assign_add(tf.cast(~is_good, count.dtype))
+        self.skipped_updates.assign_add(ops.cast(ops.logical_not(is_good), self.skipped_updates.dtype))
         return is_good
 
     def get_config(self):

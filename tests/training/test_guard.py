@@ -1,4 +1,5 @@
 import math
+import os
 import subprocess
 import sys
 
@@ -154,10 +155,74 @@ def test_a_batch_that_is_not_finite_leaves_the_model_as_it_was():
     assert int(model.optimizer.skipped_updates) == 1
 
 
-def test_without_a_guard_nothing_is_kept():
-    optimizer = AdamW()
-    optimizer.build(make_variables())
-    assert len(optimizer.variables) == 2 + 2 * 2
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("jit_compile", [None, True])
+def test_without_a_guard_the_norm_is_kept_and_nothing_else(name, jit_compile):
+    """Beside Keras's update, which knows of no norm."""
+    finals = []
+    for knows_norm in (True, False):
+        variables = make_variables()
+        optimizer = make_optimizer(name, 0.1, global_clipnorm=1.0)
+        if not knows_norm:
+            optimizer.apply = lambda *a, optimizer=optimizer: keras.optimizers.Optimizer.apply(
+                optimizer, *a
+            )
+        optimizer.build(variables)
+        apply = compile_apply(optimizer, variables, jit_compile)
+        for norm in (3.0, 5.0):
+            apply(tf.constant(norm))
+        np.testing.assert_allclose(optimizer.gradient_norm, 5.0 if knows_norm else 0.0, rtol=1e-6)
+        assert not hasattr(optimizer, "skipped_updates")
+        finals.append(state(optimizer, variables))
+    for one, two in zip(*finals, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def test_the_norm_of_rows_that_repeat_is_that_of_their_sum():
+    variable = keras.Variable([[1.0, 2.0], [3.0, 4.0]])
+    rows = tf.IndexedSlices(tf.ones([2, 2]), tf.constant([1, 1]), tf.constant([2, 2]))
+    optimizer = AdamW(0.1)
+    optimizer.apply([rows], [variable])
+    np.testing.assert_allclose(optimizer.gradient_norm, math.sqrt(8), rtol=1e-6)
+
+
+def test_nothing_to_apply_is_keras_affair():
+    AdamW().apply([], [])
+    with pytest.raises(ValueError, match="must already be built"):
+        AdamW().apply([tf.ones([])])
+
+
+def test_the_jax_backend_leaves_out_the_same():
+    """In a process of its own, for the backend is chosen when Keras is imported."""
+    pytest.importorskip("jax")
+    code = """
+import jax, numpy as np, keras
+from kerasllm.training.optimizer import AdamW, make_optimizer
+
+def run(optimizer, norms):
+    variables = [keras.Variable([[1.0, 2.0], [3.0, 4.0]]), keras.Variable([5.0])]
+    optimizer.build(variables)
+    values, state = [v.value for v in variables], [v.value for v in optimizer.variables]
+    step = jax.jit(lambda state, g, values: optimizer.stateless_apply(state, g, values))
+    for norm in norms:
+        values, state = step(state, [v * 0 + norm / 5**0.5 for v in values], values)
+    for variable, value in zip(optimizer.variables, state):
+        variable.assign(value)
+    return values
+
+nan = float("nan")
+for name in ("adamw", "lion", "adafactor", "muon"):
+    guarded = make_optimizer(name, 0.1, skip_above=4.0, skip_window=2)
+    one = run(guarded, [1.0, 2.0, nan, 3.0, 40.0, 2.0])
+    plain = make_optimizer(name, 0.1)
+    two = run(plain, [1.0, 2.0, 3.0, 2.0])
+    for a, b in zip(one, two):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    print(int(guarded.skipped_updates), int(guarded.iterations), round(float(plain.gradient_norm), 5))
+"""
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.stdout.split() == ["2", "4", "2.0"] * 4, result.stderr[-2000:]
 
 
 def test_what_makes_no_sense_is_refused():
@@ -207,6 +272,15 @@ for is_scaled in (False, True):
         print(*[ops.convert_to_numpy(count) for count in counts])
     for one, two in zip(*finals, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-6)
+
+with mirrored.scope():  # without a guard
+    variables = make_variables()
+    optimizer = AdamW(0.1)
+    optimizer.build(variables)
+optimizer._all_reduce_sum_gradients = list
+step = tf.function(lambda norm: mirrored.run(compile_apply(optimizer, variables, None), (norm,)))
+step(tf.constant(3.0))
+print(*[round(float(c), 4) for c in mirrored.experimental_local_results(optimizer.gradient_norm.value)])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.split() == ["2", "4"] * 2 + ["1", "4"] * 2, result.stderr[-2000:]
+    assert result.stdout.split() == ["2", "4"] * 2 + ["1", "4"] * 2 + ["3.0"] * 2, result.stderr[-2000:]
