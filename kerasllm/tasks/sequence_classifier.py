@@ -127,7 +127,7 @@ class SequenceClassifier(Training, TextTask):
 
     # Training
 
-    def compile(self, optimizer=None, loss=None, metrics=None, jit_compile=False, **kwargs):
+    def compile(self, optimizer=None, loss=None, metrics=None, jit_compile=None, **kwargs):
         """Prepares the model for training; see `keras.Model.compile`.
 
         Args:
@@ -136,7 +136,8 @@ class SequenceClassifier(Training, TextTask):
             loss: A Keras loss that is a mean over the batch. None: `classification_loss` of the model's
                 problem type.
             metrics: None: the accuracy, for a classification with a single label.
-            jit_compile: As in Keras. Batches differ in length, and XLA would compile for each.
+            jit_compile: As in Keras. None: only on the JAX backend, which needs it. Batches differ in
+                length, and XLA compiles for each.
             **kwargs: As in `kerasllm.training.Training.compile` and in Keras.
 
         Raises:
@@ -155,7 +156,7 @@ class SequenceClassifier(Training, TextTask):
             optimizer,
             loss=classification_loss(self.problem_type) if loss is None else loss,
             metrics=metrics,
-            jit_compile=jit_compile,
+            jit_compile=keras.backend.backend() == "jax" if jit_compile is None else jit_compile,
             **kwargs,
         )
 
@@ -176,7 +177,7 @@ class SequenceClassifier(Training, TextTask):
         scores = self(x, training=training)
         mean = self.compute_loss(x, y, scores, sample_weight, training=training)
         # Keras divides by the rows here and by the number of replicas.
-        weight = tf.cast(tf.shape(scores)[0], mean.dtype)
+        weight = ops.cast(ops.shape(scores)[0], mean.dtype)
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return BatchPart(mean * weight * replicas, {}, weight, scores)
 

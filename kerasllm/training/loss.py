@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import keras
 import tensorflow as tf
 from keras import ops
 
@@ -50,7 +51,10 @@ def token_sums(logits, labels, weights, label_smoothing: float = 0.0, z_loss: fl
     labels = ops.cast(labels, "int32")
     weights = ops.cast(weights, logits.dtype)
     normalizers = ops.logsumexp(logits, axis=-1)
-    label_logits = tf.gather(logits, labels, batch_dims=len(labels.shape))
+    if keras.backend.backend() == "tensorflow":  # in one operation
+        label_logits = tf.gather(logits, labels, batch_dims=len(labels.shape))
+    else:
+        label_logits = ops.squeeze(ops.take_along_axis(logits, labels[..., None], axis=-1), -1)
     losses = normalizers - label_logits
     objectives = losses
     if label_smoothing:

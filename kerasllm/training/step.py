@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from kerasllm.training import jax_step
 from kerasllm.training.checkpoint import Checkpoints, fit_from_checkpoint, is_multi_worker
 from kerasllm.training.dropout import dropout_by_row
 from kerasllm.training.loss import chunked_token_loss, chunked_token_sums, token_sums
@@ -56,7 +57,7 @@ class Training:
     """Trains a Keras model with a step that gives the same on one replica and on many.
 
     A mixin, before `keras.Model`. A task says in `_weigh`, `_differentiate` and `_measure` what its loss is
-    a sum of; see `TokenTraining`.
+    a sum of, and for the JAX backend in `_sum`; see `TokenTraining`.
     """
 
     # Metrics that are means over all that counts, besides the loss.
@@ -87,6 +88,8 @@ class Training:
             ValueError: If an argument is out of range, or the combination is not supported.
         """
         strategy = self.distribute_strategy
+        if jax_step.IS_JAX:
+            jax_step.check_compile(self, optimizer, microbatches)
         _check_compile(strategy, optimizer, microbatches, seed, kwargs)
         self._compile_options = {"microbatches": microbatches, "seed": seed, "jit_compile": jit_compile}
         is_spread = strategy.num_replicas_in_sync > 1 or is_multi_worker(strategy)
@@ -101,7 +104,8 @@ class Training:
                 **kwargs,
             )
             # Now, for variables that are made while a step is traced make TensorFlow trace it twice.
-            self.optimizer.build(self.trainable_variables)
+            with jax_step.slots_laid_out(self.trainable_variables):
+                self.optimizer.build(self.trainable_variables)
         for each in (self.optimizer, getattr(self.optimizer, "inner_optimizer", None)):
             if each is not None:  # the gradients that it gets are sums over the replicas already
                 each._all_reduce_sum_gradients = list
@@ -122,9 +126,17 @@ class Training:
             self._check_workers_agree()
         callbacks = kwargs.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+        x = jax_step.fill_batches(x)
+        if kwargs.get("validation_data") is not None:
+            kwargs["validation_data"] = jax_step.fill_batches(kwargs["validation_data"])
         checkpoints = [each for each in callbacks if isinstance(each, Checkpoints)]
         if not checkpoints:
             return super().fit(x, y, **kwargs)
+        if jax_step.IS_JAX:
+            raise ValueError(
+                "`Checkpoints` are for the TensorFlow backend. On JAX use "
+                "`keras.callbacks.ModelCheckpoint`. Received: a `Checkpoints` callback"
+            )
         if len(checkpoints) > 1 or y is not None:
             raise ValueError(
                 "A training has one `Checkpoints` callback, and is on a dataset of batches. Received: "
@@ -132,6 +144,15 @@ class Training:
             )
         kwargs["callbacks"] = list(callbacks)
         return fit_from_checkpoint(super().fit, self, x, checkpoints[0], **kwargs)
+
+    def evaluate(self, x=None, y=None, **kwargs):
+        """Measures; see `keras.Model.evaluate`."""
+        return super().evaluate(jax_step.fill_batches(x), y, **kwargs)
+
+    @property
+    def distribute_strategy(self):
+        """The strategy of tf.distribute; on JAX, where there is none, that of one replica."""
+        return tf.distribute.get_strategy() if jax_step.IS_JAX else super().distribute_strategy
 
     def _check_batches(self, x) -> None:
         """Refuses batches of a known size that would leave replicas without a row."""
@@ -181,13 +202,19 @@ class Training:
         """The sums without dropout."""
         raise NotImplementedError
 
+    def _sum(self, x, y, sample_weight, training: bool) -> BatchPart:
+        """The sums in training or without dropout, for JAX, which differentiates them itself."""
+        raise NotImplementedError
+
     # The steps
 
-    def train_step(self, data):
-        """Updates the weights on one batch; Keras calls it in each replica."""
-        batch = keras.utils.unpack_x_y_sample_weight(data)
+    def train_step(self, *data):
+        """Updates the weights on one batch; Keras calls it in each replica, on JAX with the state too."""
         if self.losses:
             raise ValueError(f"Losses of layers (`add_loss`) are not supported. Received: {self.losses}")
+        if jax_step.IS_JAX:
+            return jax_step.train_step(self, *data)
+        batch = keras.utils.unpack_x_y_sample_weight(*data)
         context = tf.distribute.get_replica_context()
         replicas = context.num_replicas_in_sync
         weight, first_row = tf.cast(self._weigh(*batch), self._sum_dtype), tf.constant(0)
@@ -207,9 +234,11 @@ class Training:
         self.optimizer.apply(gradients, self.trainable_weights)
         return self._report(batch, part)
 
-    def test_step(self, data):
-        """Measures one batch; Keras calls it in each replica."""
-        batch = keras.utils.unpack_x_y_sample_weight(data)
+    def test_step(self, *data):
+        """Measures one batch; Keras calls it in each replica, on JAX with the state too."""
+        if jax_step.IS_JAX:
+            return jax_step.test_step(self, *data)
+        batch = keras.utils.unpack_x_y_sample_weight(*data)
         return self._report(batch, self._measure(*batch))
 
     @property
@@ -281,16 +310,20 @@ class Training:
             outputs.set_shape([None, *shapes[0][1:]])
         return BatchPart(objective, sums, weight, outputs), gradients
 
-    def _report(self, batch, part: BatchPart):
-        """Counts a part into the metrics and returns their values over all replicas."""
+    def _count(self, batch, part: BatchPart) -> None:
+        """Counts a part into the metrics."""
         self._loss_tracker.update_state(
-            tf.math.divide_no_nan(part.objective, part.weight), sample_weight=part.weight
+            ops.divide_no_nan(part.objective, part.weight), sample_weight=part.weight
         )
         for name, total in part.sums.items():
-            mean = tf.math.divide_no_nan(total, part.weight)
+            mean = ops.divide_no_nan(total, part.weight)
             self._means[name].update_state(mean, sample_weight=part.weight)
         if part.predictions is not None:
             self.compute_metrics(batch[0], batch[1], part.predictions, sample_weight=batch[2])
+
+    def _report(self, batch, part: BatchPart):
+        """Counts a part into the metrics and returns their values over all replicas."""
+        self._count(batch, part)
         context = tf.distribute.get_replica_context()
         states = [[tf.convert_to_tensor(v.value) for v in metric.variables] for metric in self.metrics]
         if context.num_replicas_in_sync > 1:
@@ -402,6 +435,11 @@ class TokenTraining(Training):
         logits = self.model.score_tokens(hidden)
         return self._part(token_sums(logits, y, sample_weight), logits)
 
+    def _sum(self, x, y, sample_weight, training):
+        logits = self.model.score_tokens(self._hidden(x, training))
+        options = self._loss_options if training else {}
+        return self._part(token_sums(logits, y, sample_weight, **options), logits)
+
     @staticmethod
     def _part(sums, logits) -> BatchPart:
         means = {"perplexity": sums.loss, "token_accuracy": sums.correct}
@@ -456,7 +494,7 @@ def _check_compile(strategy, optimizer, microbatches, seed, kwargs) -> None:
             f"The strategy must be one of {[each.__name__ for each in _STRATEGIES]}. "
             f"Received: {type(strategy).__name__}"
         )
-    if keras.distribution.distribution() is not None:
+    if keras.distribution.distribution() is not None and not jax_step.IS_JAX:
         raise ValueError(
             "On the TensorFlow backend keras.distribution does nothing; use a strategy of tf.distribute "
             f"or the JAX backend. Received: {keras.distribution.distribution()}"
