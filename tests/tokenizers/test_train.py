@@ -1,12 +1,19 @@
 """Training: what is learnt, that it is the same every time, and what is refused."""
 
+import hashlib
 import subprocess
 import sys
 
 import pytest
 from reference.tokenizer_texts import SPECIAL_TOKENS, random_texts
 
-from kerasllm.tokenizers import ByteBPETokenizer, train_tokenizer
+from kerasllm.tokenizers import (
+    ByteBPETokenizer,
+    Tokenizer,
+    UnigramTokenizer,
+    WordPieceTokenizer,
+    train_tokenizer,
+)
 
 KINDS = ("word", "character", "byte_bpe")
 TEXTS = ["the cat sat", "the cat, the hat", "a cat"]
@@ -29,6 +36,68 @@ def test_training_is_the_same_in_another_process():
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.splitlines() == [ascii(train_tokenizer(k, TEXTS).to_json()) for k in KINDS]
+
+
+def test_kinds_with_tokens_of_their_own_are_the_same_in_another_process(stories):
+    code = (
+        "import hashlib\n"
+        "from kerasllm.data import generate_stories\n"
+        "from kerasllm.tokenizers import train_tokenizer\n"
+        "for kind in ('wordpiece', 'sentencepiece'):\n"
+        "    text = train_tokenizer(kind, generate_stories(200, seed=1), 700).to_json()\n"
+        "    print(hashlib.sha256(text.encode()).hexdigest())"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    here = [train_tokenizer(kind, stories, 700).to_json() for kind in ("wordpiece", "sentencepiece")]
+    assert output.stdout.split() == [hashlib.sha256(text.encode()).hexdigest() for text in here]
+
+
+def test_wordpiece_is_berts(stories):
+    tokenizer = train_tokenizer("wordpiece", stories, 700)
+    assert isinstance(tokenizer, WordPieceTokenizer) and tokenizer.vocabulary_size == 700
+    assert list(tokenizer.special_tokens) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.mask_id) == (0, 1, 4)
+    ids = tokenizer.encode("Once upon a TIME.", add_special_tokens=True)
+    assert [tokenizer.id_to_token(id) for id in ids] == [
+        "[CLS]", "once", "upon", "a", "time", ".", "[SEP]",
+    ]  # fmt: skip
+    assert not any(1 in ids for ids in tokenizer.encode(stories))
+    rare = train_tokenizer("wordpiece", ["ab ab ab ab c"], 8)  # no room for the rarest character
+    assert [rare.id_to_token(id) for id in range(5, rare.vocabulary_size)] == ["##b", "a", "b"]
+    assert rare.encode("ab c") == [6, 5, 1]
+
+
+def test_sentencepiece_is_t5s(stories):
+    tokenizer = train_tokenizer("sentencepiece", stories, 700)
+    assert isinstance(tokenizer, UnigramTokenizer) and 600 < tokenizer.vocabulary_size <= 700
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
+    sentinels = [tokenizer.token_to_id(f"<extra_id_{number}>") for number in range(100)]
+    assert sentinels == list(reversed(range(tokenizer.vocabulary_size - 100, tokenizer.vocabulary_size)))
+    ids = tokenizer.encode("Once upon a time", add_special_tokens=True)
+    assert ids[-1] == 1 and tokenizer.decode(ids) == "Once upon a time"
+    assert tokenizer.encode("<extra_id_3>", parse_special=True) == [sentinels[3]]
+    long = " ".join(stories)  # in one line
+    assert train_tokenizer("sentencepiece", [long], 700).vocabulary_size > 600
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "sentencepiece"])
+def test_kinds_with_tokens_of_their_own_refuse_others(kind, tmp_path, stories):
+    with pytest.raises(ValueError, match=f"kind='{kind}' has special tokens of its own"):
+        train_tokenizer(kind, TEXTS, 500, ["<s>"])
+    with pytest.raises(ValueError, match="must be at least"):
+        train_tokenizer(kind, TEXTS, 5)
+    with pytest.raises(ValueError):
+        train_tokenizer(kind, [""], 500)
+    tokenizer = train_tokenizer(kind, stories, 400)
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.from_folder(tmp_path)
+    text = "A little dog, and a cat."
+    assert loaded.encode(text, add_special_tokens=True) == tokenizer.encode(text, add_special_tokens=True)
+    assert (loaded.pad_id, loaded.mask_id, loaded.eos_id) == (
+        tokenizer.pad_id,
+        tokenizer.mask_id,
+        tokenizer.eos_id,
+    )
 
 
 def test_word_keeps_the_most_frequent_words():
