@@ -14,6 +14,22 @@ from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
 
+def require_tensorflow(what: str) -> None:
+    """Refuses what is a TensorFlow graph on another backend.
+
+    Args:
+        what: What is asked for, the beginning of a sentence.
+
+    Raises:
+        RuntimeError: If the backend is not TensorFlow.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            f"{what} needs the TensorFlow backend: save the model and load it there. "
+            f"Received: KERAS_BACKEND={keras.backend.backend()}"
+        )
+
+
 class Task(keras.Model):
     """A model with its tokenizer; tasks derive from it.
 

@@ -11,6 +11,7 @@ from keras import ops
 
 from kerasllm.data import language_model_dataset
 from kerasllm.export import export_litert, export_saved_model
+from kerasllm.tasks.base import require_tensorflow
 from kerasllm.tasks.generation import GeneratingTask
 from kerasllm.tasks.texts import holds_texts
 from kerasllm.training import TokenTraining
@@ -211,5 +212,6 @@ class CausalLM(TokenTraining, GeneratingTask):
             FileExistsError: If `path` exists.
             ValueError: If the model has no tokenizer or an argument does not fit.
         """
+        require_tensorflow("An export")
         write = export_litert if str(path).endswith(".tflite") else export_saved_model
         return write(self.model, self._require_tokenizer(), path, self.generation_config, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 from kerasllm.checkpoints import Checkpoint
 from kerasllm.generation import Completion, ConstraintFactory, Engine, GenerationConfig, Row, run, run_beams
 from kerasllm.models import LanguageModel
-from kerasllm.tasks.base import Task
+from kerasllm.tasks.base import Task, require_tensorflow
 from kerasllm.tokenizers import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -240,6 +240,7 @@ class GeneratingTask(Task):
         return assistant_model.model
 
     def _get_engine(self) -> Engine:
+        require_tensorflow("Generating text")
         if self._engine is None or self._engine.model is not self.model:
             self._engine = Engine(self.model)
         return self._engine

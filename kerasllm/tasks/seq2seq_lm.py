@@ -127,10 +127,12 @@ class Seq2SeqLM(TokenTraining, GeneratingTask):
     @tf.autograph.experimental.do_not_convert
     def _make_batch(self, sources: tf.RaggedTensor, targets: tf.RaggedTensor):
         labels = targets.to_tensor()
+        # As `T5.shift_right`, which on the JAX backend takes no tensors of TensorFlow.
+        start = tf.fill([tf.shape(labels)[0], 1], tf.cast(self.model.config.decoder_start_id, labels.dtype))
         inputs = {
             "source_ids": sources.to_tensor(),
             "memory_mask": tf.ones_like(sources).to_tensor(),
-            "token_ids": self.model.shift_right(labels),
+            "token_ids": tf.concat([start, labels[:, :-1]], axis=1),
         }
         return inputs, labels, tf.cast(tf.ones_like(targets).to_tensor(), tf.float32)
 

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from kerasllm.models import LanguageModel
-from kerasllm.tasks.base import Task
+from kerasllm.tasks.base import Task, require_tensorflow
 from kerasllm.tokenizers import Tokenizer
 
 # A text, or two that the model reads as a pair.
@@ -115,6 +115,7 @@ class TextTask(Task):
 
     def _graph(self, function: Callable[[dict[str, tf.Tensor]], tf.Tensor]):
         """The function as one graph for batches of every shape."""
+        require_tensorflow("Reading texts")
         names = ["token_ids", "attention_mask"] + ["token_type_ids"] * self._has_token_types
         signature = {name: tf.TensorSpec([None, None], tf.int32) for name in names}
         return tf.function(function, input_signature=[signature], autograph=False)

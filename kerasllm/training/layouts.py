@@ -18,8 +18,8 @@ SHARDS = ("nothing", "optimizer", "weights")
 # By the role of a weight in the layers that all families are made of, the devices that its axes are divided
 # among. Keras wants the whole path to match, and a weight of several axes that none matches is refused.
 _ROLES = {
-    # A column of devices has some of the heads and a part of the wide layer, …
-    r".*/(query|key|value|up|gate)/kernel": ("data", "tensor"),
+    # A column of devices has some of the heads, of the wide layer and of the vocabulary, …
+    r".*/(query|key|value|up|gate|head)/kernel": ("data", "tensor"),
     r".*/(query|key|value|up|gate)/bias": ("tensor",),
     r".*_position_bias/embeddings": (None, "tensor"),
     # … and what they give is summed over the columns.
