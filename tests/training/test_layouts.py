@@ -15,7 +15,7 @@ TOOL = pathlib.Path(__file__).parents[2] / "tools" / "check_layouts"
 SCRIPT = pathlib.Path(__file__).parent / "on_jax.py"
 
 
-def run_on_jax(name):
+def run_on_jax(name, cache):
     environment = {
         **os.environ,
         "KERAS_BACKEND": "jax",
@@ -23,6 +23,9 @@ def run_on_jax(name):
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # What is trained several times is compiled once.
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    environment["JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     result = subprocess.run([sys.executable, SCRIPT, name], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -47,8 +50,8 @@ def test_divided_training_equals_tensorflow_and_one_device():
 
 
 @pytest.mark.reference
-def test_every_weight_of_every_family_is_divided():
-    shares = run_on_jax("shares")
+def test_every_weight_of_every_family_is_divided(tmp_path):
+    shares = run_on_jax("shares", tmp_path)
     assert len(shares) == 11
     for name, share in shares.items():
         assert share["weights"]["weights"] < 0.15, name
@@ -58,8 +61,8 @@ def test_every_weight_of_every_family_is_divided():
 
 
 @pytest.mark.reference
-def test_what_does_not_fit_is_refused():
-    errors = run_on_jax("errors")
+def test_what_does_not_fit_is_refused(tmp_path):
+    errors = run_on_jax("errors", tmp_path)
     expected = {
         "vocabulary": "token_embedding/embeddings of shape (130, 64), tensor=4",
         "wide layer": "gate/kernel of shape (64, 102), tensor=4",
@@ -84,8 +87,8 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.reference
-def test_texts_train_and_are_saved():
-    facts = run_on_jax("texts")
+def test_texts_train_and_are_saved(tmp_path):
+    facts = run_on_jax("texts", tmp_path)
     assert facts["causal_lm"]["last"] < 0.9 * facts["causal_lm"]["first"]
     assert facts["causal_lm"]["perplexity_error"] < 1e-4
     assert facts["seq2seq_lm"]["last"] < facts["seq2seq_lm"]["first"]
