@@ -30,13 +30,17 @@ examples:
 
 _TRAIN_HELP = """\
 The file and the settings have the same names; a wrong one is answered with the list of all. Some:
-  output=runs/mine                 where model, log and plot go
+  output=runs/mine                 where model, log, plot and report go
+  family=bert                      gpt2 and llama learn the next token, bert hidden tokens, t5 cut-out spans
   data.paths=[moby.txt, texts/]    text files and folders (default: stories made by the library)
-  tokenizer.kind=character         or byte_bpe, word; tokenizer.vocabulary_size=4096
+  tokenizer.kind=character         or byte_bpe, word; wordpiece for bert, sentencepiece for t5
+  tokenizer.vocabulary_size=4096
   model.num_layers=6 model.dim=256 model.num_heads=4 model.context_length=256
   training.steps=2000 training.batch_size=16 training.sequence_length=256
   training.learning_rate=0.001 training.precision=mixed_bfloat16 training.microbatches=4
   training.optimizer=muon training.schedule=wsd training.save_every=100
+  objective.packing=segments       or, for bert, objective.whole_words=true
+  logging.sample_every=500 logging.peak_flops=989e12 logging.tensorboard=false
 A run that was interrupted goes on from its last checkpoint when it is started again.
 """
 
@@ -248,7 +252,12 @@ def _train(arguments) -> int:
     print(f"validation perplexity {result.perplexity:.2f}")
     for name, perplexity in result.baselines.items():
         print(f"{name} baseline {perplexity:.2f}")
-    print(f'model, log and plot: {run.output}\nnext: kerasllm generate {run.output} "…"')
+    print(f"model, log, plot and report: {run.output}")
+    if run.objective_name == "masked_lm":
+        mask = result.model.tokenizer.mask_token
+        print(f'next: kerasllm fill-mask {run.output} "… {mask} …"')
+    else:
+        print(f'next: kerasllm generate {run.output} "…"')
     return 0
 
 

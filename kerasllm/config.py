@@ -23,11 +23,12 @@ class TokenizerSettings:
     """The tokenizer to train.
 
     Args:
-        kind: Bytes merged into frequent pieces, whole words, or characters.
+        kind: See `kerasllm.train_tokenizer`; null: what the objective is used to. A causal model takes
+            `byte_bpe`, `word` or `character`, a masked one `wordpiece`, spans want `sentencepiece`.
         vocabulary_size: Number of tokens; null: what the kind needs.
     """
 
-    kind: Literal["byte_bpe", "word", "character"] = "byte_bpe"
+    kind: Literal["byte_bpe", "word", "character", "wordpiece", "sentencepiece"] | None = None
     vocabulary_size: int | None = 2048
 
 
@@ -54,13 +55,37 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """What the model learns.
+
+    What follows from the family: GPT-2 and Llama learn the next token (`causal_lm`), BERT the tokens that
+    were hidden (`masked_lm`), T5 the spans that were cut out (`span_corruption`). A setting of another
+    objective is an error; null is the usual value.
+
+    Args:
+        packing: For `causal_lm`: documents end to end, cut into `windows` (null), or `segments`: whole
+            documents side by side, none of which sees another.
+        mask_rate: For `masked_lm`: part of the tokens that are to be found again; null: 0.15.
+        whole_words: For `masked_lm`: whether all tokens of a word are hidden together; null: false.
+        noise_rate: For `span_corruption`: part of the tokens that is cut out; null: 0.15.
+        mean_span_length: For `span_corruption`: tokens of a span, on average; null: 3.
+    """
+
+    packing: Literal["windows", "segments"] | None = None
+    mask_rate: float | None = None
+    whole_words: bool | None = None
+    noise_rate: float | None = None
+    mean_span_length: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """The training.
 
     Args:
         steps: Number of updates.
         batch_size: Sequences per update.
-        sequence_length: Tokens per sequence.
+        sequence_length: Tokens per sequence; for spans, before they are cut out.
         optimizer: See `kerasllm.training.make_optimizer`; each wants a learning rate of its own.
         schedule: What follows on the warm-up, see `kerasllm.training.make_schedule`.
         learning_rate: The highest; a warm-up leads to it.
@@ -117,17 +142,60 @@ class TrainingSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingSettings:
+    """What is seen of a training; a run that goes on may change it.
+
+    Args:
+        prompts: Texts that the model goes on from now and then: for `masked_lm` with the tokenizer's mask
+            token, for `span_corruption` with `<extra_id_0>` and so on; null: made of validation texts;
+            []: none.
+        sample_every: Updates between two looks at what it writes; null: with each validation.
+        sample_tokens: Most tokens that it writes.
+        tensorboard: Whether scalars for TensorBoard are written.
+        peak_flops: Most floating-point operations per second of all devices together, of which the share
+            that is used is then told (MFU); null: it is not.
+    """
+
+    prompts: list[str] | None = None
+    sample_every: int | None = None
+    sample_tokens: int = 30
+    tensorboard: bool = True
+    peak_flops: float | None = None
+
+    def __post_init__(self):
+        _at_least(self, 1, "sample_tokens")
+        if self.sample_every is not None:
+            _at_least(self, 1, "sample_every")
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            raise ValueError(f"`peak_flops` must be above 0. Received: peak_flops={self.peak_flops}")
+
+
+# By the head of a family: its objective, the settings of that, and the tokenizers that serve it, the usual
+# one first.
+_OBJECTIVES = {
+    "causal_lm": ("causal_lm", ("packing",), ("byte_bpe", "word", "character")),
+    "masked_lm": ("masked_lm", ("mask_rate", "whole_words"), ("wordpiece",)),
+    "seq2seq": ("span_corruption", ("noise_rate", "mean_span_length"), ("sentencepiece",)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run.
 
     Args:
-        output: Folder for the model, the log and the plot.
+        output: Folder for the model, the log, the plot and the report.
         family: A key of `kerasllm.models.MODELS`.
         model: The family's configuration; its vocabulary is the tokenizer's.
         tokenizer: The tokenizer.
         data: The texts.
         training: The training.
+        objective: What is learnt.
+        logging: What is seen of it.
         seed: Start of all random numbers.
+
+    Raises:
+        ValueError: If a setting does not belong to the family's objective.
     """
 
     output: str
@@ -136,10 +204,40 @@ class RunConfig:
     tokenizer: TokenizerSettings
     data: DataSettings
     training: TrainingSettings
+    objective: ObjectiveSettings = ObjectiveSettings()
+    logging: LoggingSettings = LoggingSettings()
     seed: int = 0
 
+    def __post_init__(self):
+        name, own, kinds = _OBJECTIVES[MODELS[self.family].heads[0]]
+        given = {key for key, value in dataclasses.asdict(self.objective).items() if value is not None}
+        if other := sorted(given - set(own)):
+            raise ValueError(
+                f"The objective of {self.family!r} is {name!r}, with the settings {list(own)}. "
+                f"Received: {other}"
+            )
+        if self.tokenizer.kind is None:
+            tokenizer = dataclasses.replace(self.tokenizer, kind=kinds[0])
+            object.__setattr__(self, "tokenizer", tokenizer)
+        if self.tokenizer.kind not in kinds:
+            raise ValueError(
+                f"The tokenizer of the objective {name!r} must be one of {list(kinds)}. "
+                f"Received: kind={self.tokenizer.kind!r}"
+            )
 
-_SECTIONS = {"tokenizer": TokenizerSettings, "data": DataSettings, "training": TrainingSettings}
+    @property
+    def objective_name(self) -> str:
+        """What is learnt: `causal_lm`, `masked_lm` or `span_corruption`."""
+        return _OBJECTIVES[MODELS[self.family].heads[0]][0]
+
+
+_SECTIONS = {
+    "tokenizer": TokenizerSettings,
+    "data": DataSettings,
+    "training": TrainingSettings,
+    "objective": ObjectiveSettings,
+    "logging": LoggingSettings,
+}
 _SETTINGS = {"output", "family", "seed"} | {
     f"{name}.{field.name}" for name, section in _SECTIONS.items() for field in dataclasses.fields(section)
 }

@@ -20,7 +20,7 @@ import rich.markup
 import rich.table
 import tensorflow as tf
 
-from kerasllm.config import DataSettings, RunConfig, TokenizerSettings, TrainingSettings
+from kerasllm.config import DataSettings, LoggingSettings, RunConfig, TokenizerSettings, TrainingSettings
 from kerasllm.models import GPT2Config
 from kerasllm.tasks.train import TrainingResult, train_to_folder
 from kerasllm.tokenizers import Tokenizer
@@ -41,6 +41,7 @@ def quickstart_config(output: pathlib.Path, data: list[str] | None, steps: int) 
         tokenizer=TokenizerSettings(kind="byte_bpe", vocabulary_size=1024),
         data=DataSettings(paths=data, stories=10000),
         training=TrainingSettings(steps=steps, batch_size=16, sequence_length=128, learning_rate=3e-3),
+        logging=LoggingSettings(prompts=[]),  # it writes when it is trained
     )
 
 
@@ -82,7 +83,7 @@ def run_quickstart(
     for prompt in prompts[:2]:
         console.print(f"[bold]{rich.markup.escape(prompt)}[/bold]", end="")
         console.print(rich.markup.escape(model.generate(prompt, **SAMPLING)))
-    console.print(f"The loss as a picture: {folder / 'loss.png'}")
+    console.print(f"The training as a page: {folder / 'report.html'}; its loss: {folder / 'loss.png'}")
 
     console.rule("2. Export")
     served = model.export(output / "served" / MODEL_NAME / str(version))

@@ -1,6 +1,9 @@
+import dataclasses
 import pathlib
 
+import keras
 import pytest
+from keras.src.backend.common import global_state
 
 from kerasllm.config import load_run_config
 from kerasllm.models import MODELS
@@ -12,18 +15,70 @@ def test_there_are_configs():
     assert len(CONFIGS) >= 3
 
 
+def count_params(run) -> int:
+    """The weights of a run's model, from their shapes: nothing is allocated."""
+    config = dataclasses.replace(run.model, vocabulary_size=run.tokenizer.vocabulary_size or 100)
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            return MODELS[run.family](config).count_params()
+    finally:  # or Keras would make these weights later
+        global_state.set_global_attribute("uninitialized_variables", [])
+
+
+def test_counting_from_shapes_is_counting_weights():
+    run = load_run_config(None, ["output=x", "model.num_layers=1", "model.dim=24", "model.num_heads=2"])
+    config = dataclasses.replace(run.model, vocabulary_size=run.tokenizer.vocabulary_size)
+    assert count_params(run) == sum(weight.numpy().size for weight in MODELS[run.family](config).weights)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_builds_its_model_and_names_its_command(path):
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith(f"# kerasllm train --config configs/{path.name}")
     run = load_run_config(path)
-    model = MODELS[run.family](run.model)
+    assert run.output == f"runs/{'_'.join(path.stem.split('_')[:2])}" or "characters" in path.stem
     assert run.training.sequence_length <= run.model.context_length
-    size = path.stem.split("_")[1]  # gpt_5m_pretrain
-    # What is named is the size without the embeddings of a vocabulary that the config may change.
-    million = (model.count_params() - run.model.dim * run.model.vocabulary_size) / 1e6
-    vocabulary = (run.tokenizer.vocabulary_size or 100) * run.model.dim / 1e6
-    assert round(million + vocabulary) == int(size.removesuffix("m"))
+    rows, parts = run.training.batch_size, run.training.microbatches
+    assert rows % parts == 0
+    name, size, *_ = path.stem.split("_")  # gpt_5m_pretrain
+    assert run.family.startswith(name)
+    assert abs(count_params(run) / 1e6 - int(size.removesuffix("m"))) < 1
+
+
+def test_every_family_has_configs_of_several_sizes():
+    for name, larger in (("gpt", 355), ("llama", 1100), ("bert", 110), ("t5", 223)):
+        sizes = {int(path.stem.split("_")[1].removesuffix("m")) for path in CONFIGS if name in path.stem}
+        assert {5, 30, larger} <= sizes, name
+
+
+@pytest.mark.parametrize(
+    ("family", "objective", "kind"),
+    [
+        ("gpt2", "causal_lm", "byte_bpe"),
+        ("llama", "causal_lm", "byte_bpe"),
+        ("bert", "masked_lm", "wordpiece"),
+        ("t5", "span_corruption", "sentencepiece"),
+    ],
+)
+def test_the_family_says_what_is_learnt(family, objective, kind):
+    run = load_run_config(None, ["output=x", f"family={family}"])
+    assert (run.objective_name, run.tokenizer.kind) == (objective, kind)
+    settings = {
+        "causal_lm": "packing=segments",
+        "masked_lm": "whole_words=true",
+        "span_corruption": "noise_rate=0.3",
+    }
+    for owner, setting in settings.items():
+        overrides = ["output=x", f"family={family}", f"objective.{setting}"]
+        if owner == objective:
+            load_run_config(None, overrides)
+            continue
+        name = setting.partition("=")[0]
+        with pytest.raises(ValueError, match=rf"is '{objective}', .* Received: \['{name}'\]"):
+            load_run_config(None, overrides)
+    with pytest.raises(ValueError, match=rf"objective '{objective}' must be one of \['{kind}'"):
+        other = "byte_bpe" if kind != "byte_bpe" else "wordpiece"
+        load_run_config(None, ["output=x", f"family={family}", f"tokenizer.kind={other}"])
 
 
 def test_overrides_go_before_the_file(tmp_path):
@@ -57,6 +112,10 @@ def test_without_a_file():
         ("output: x\n", ["training.steps"], "key=value"),
         ("output: x\nfamily: gpt9\n", [], "gpt9"),
         ("output: x\ntokenizer: {kind: letters}\n", [], "letters"),
+        ("output: x\nobjective: {packing: boxes}\n", [], "boxes"),
+        ("output: x\nlogging: {prompt: [a]}\n", [], "prompt"),
+        ("output: x\n", ["logging.sample_every=0"], "`sample_every` must be at least 1"),
+        ("output: x\n", ["logging.peak_flops=0"], "`peak_flops` must be above 0"),
         ("output: [x\n", [], "YAML"),
         ("- x\n", [], "mapping"),
         ("seed: 1\n", [], "output"),

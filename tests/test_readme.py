@@ -48,6 +48,26 @@ def test_example_of_training_runs(tmp_path, monkeypatch, tokenizer, stories):
     assert names["saves"].steps() == [2]
 
 
+def test_example_of_what_is_seen_runs(tmp_path, monkeypatch, causal_lm, stories):
+    monkeypatch.chdir(tmp_path)
+    (example,) = (example for example in SHOWN if "TensorBoardLog" in example)
+    changes = (("rows, length = 32, 1024", "rows, length = 4, 16"), ("    1000,", "    2,"))
+    for size, small in (
+        *changes,
+        ('time"], 500', 'time"], 1'),
+        ("steps_per_epoch=1000", "steps_per_epoch=2"),
+    ):
+        assert size in example
+        example = example.replace(size, small)
+    model = kerasllm.CausalLM(kerasllm.GPT2(causal_lm.model.config), causal_lm.tokenizer)
+    names = {"kerasllm": kerasllm, "model": model, "tokenizer": model.tokenizer, "texts": stories[:20]}
+    exec(compile(example, "README.md", "exec"), names)  # noqa: S102
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "2 of 2" in report and report.count("Once upon a time") == 2
+    assert len((tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
 @pytest.mark.slow
 def test_example_with_a_real_model_runs(tmp_path, monkeypatch, capsys):
     file = asset("smollm2")

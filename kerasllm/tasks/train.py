@@ -2,36 +2,60 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from kerasllm.config import RunConfig
 from kerasllm.data import (
     generate_stories,
+    masked_lm_dataset,
+    packed_dataset,
     read_documents,
+    span_corruption_dataset,
     split_documents,
     tokenize_documents,
     windows_dataset,
 )
 from kerasllm.evaluation import ngram_perplexity
 from kerasllm.files import write_json
-from kerasllm.models import MODELS
+from kerasllm.models import MODELS, LanguageModel
+from kerasllm.tasks.base import Task
 from kerasllm.tasks.causal_lm import CausalLM
-from kerasllm.tokenizers import train_tokenizer
+from kerasllm.tasks.masked_lm import MaskedLM
+from kerasllm.tasks.seq2seq_lm import Seq2SeqLM
+from kerasllm.tokenizers import Tokenizer, train_tokenizer
 from kerasllm.training import (
     Checkpoints,
+    Samples,
+    TensorBoardLog,
+    Throughput,
     TrainingProgress,
     make_optimizer,
     make_schedule,
     make_strategy,
+    training_flops,
 )
 from kerasllm.training.checkpoint import is_chief
 from kerasllm.version import __version__
+
+_TASKS: dict[str, type[Task]] = {
+    "causal_lm": CausalLM,
+    "masked_lm": MaskedLM,
+    "span_corruption": Seq2SeqLM,
+}
+# Batches whose tokens are counted where rows are filled up.
+_COUNTED_BATCHES = 10
+_SAMPLES = 3
+_SAMPLE_WORDS = 12
 
 
 class TrainingResult(NamedTuple):
@@ -40,29 +64,49 @@ class TrainingResult(NamedTuple):
     Attributes:
         model: The trained model.
         progress: The losses, and a method that plots them.
-        perplexity: Of the validation texts.
-        baselines: Perplexities of a unigram and a bigram model on the same tokens.
+        perplexity: Of the validation texts; of the masked tokens, or of the targets, where the objective
+            has such.
+        baselines: Perplexities of a unigram and a bigram model on the same tokens; empty where not all
+            tokens are predicted.
         validation: The validation texts.
     """
 
-    model: CausalLM
+    model: Task
     progress: TrainingProgress
     perplexity: float
     baselines: dict[str, float]
     validation: list[str]
 
 
+class _Data(NamedTuple):
+    """What a model is trained on.
+
+    Attributes:
+        training: Batches without end.
+        validation: Batches.
+        baselines: As in `TrainingResult`.
+    """
+
+    training: tf.data.Dataset
+    validation: tf.data.Dataset
+    baselines: dict[str, float]
+
+
 def train(
     run: RunConfig,
     log_path: str | os.PathLike | None = None,
     checkpoints: str | os.PathLike | None = None,
+    report_path: str | os.PathLike | None = None,
+    tensorboard: str | os.PathLike | None = None,
 ) -> TrainingResult:
-    """Trains a model.
+    """Trains a model on what its family is for.
 
     Args:
         run: The configuration; its `output` is the caller's affair.
         log_path: File for the log, JSON lines; None: no file.
         checkpoints: Folder for checkpoints, from the last of which the training goes on; None: none.
+        report_path: File for a report, HTML, also of a training that is interrupted; None: none.
+        tensorboard: Folder for TensorBoard's files, if the configuration wants them; None: none.
 
     Returns:
         The model and how it did.
@@ -85,21 +129,12 @@ def train(
     training, validation = split_documents(documents, run.data.validation_fraction, run.seed)
     tokenizer = train_tokenizer(run.tokenizer.kind, training, run.tokenizer.vocabulary_size)
     model_config = dataclasses.replace(run.model, vocabulary_size=tokenizer.vocabulary_size)
-    train_ids, train_lengths = tokenize_documents(training, tokenizer)
-    validation_ids, _ = tokenize_documents(validation, tokenizer)
-    batches = windows_dataset(
-        train_ids,
-        settings.sequence_length,
-        settings.batch_size,
-        document_lengths=train_lengths,
-        shuffle=True,
-        seed=run.seed,
-        repeat=True,
-    )
-    validation_batches = windows_dataset(validation_ids, settings.sequence_length, settings.batch_size)
+    prompts = _choose_prompts(run, tokenizer, validation)
+    data = _DATA[run.objective_name](run, tokenizer, training, validation)
 
     with strategy.scope():
-        model = CausalLM(MODELS[run.family](model_config, dtype=settings.precision), tokenizer)
+        network = MODELS[run.family](model_config, dtype=settings.precision)
+        model = _TASKS[run.objective_name](network, tokenizer)
         model.compile(
             make_optimizer(
                 settings.optimizer,
@@ -114,39 +149,181 @@ def train(
             microbatches=settings.microbatches,
             seed=run.seed,
         )
-    callbacks = []
+    saves = None
     if checkpoints is not None:
-        callbacks.append(Checkpoints(checkpoints, settings.save_every, settings.keep))
+        saves = Checkpoints(checkpoints, settings.save_every, settings.keep)
+    tokens, flops = _size_of_step(data.training, network)
     progress = TrainingProgress(
         settings.steps,
-        settings.batch_size * settings.sequence_length,
-        log_path if is_chief(strategy) else None,
-        *callbacks,
+        tokens,
+        log_path,
+        saves,
+        flops_per_step=flops,
+        peak_flops=run.logging.peak_flops,
+        report_path=report_path,
+        title=f"Training of {run.output}",
+        settings={**dataclasses.asdict(run), "parameters": network.count_params()},
+        baselines={name: math.log(perplexity) for name, perplexity in data.baselines.items()},
     )
+    callbacks = [progress] if saves is None else [saves, progress]
+    board = None
+    if tensorboard is not None and run.logging.tensorboard:
+        board = TensorBoardLog(
+            tensorboard, saves, throughput=Throughput(tokens, flops, run.logging.peak_flops)
+        )
+        callbacks.append(board)
+    if prompts:
+        write = _writer(run)
+        callbacks.append(
+            Samples(prompts, run.logging.sample_every, write, saves, progress, tensorboard=board)
+        )
     # Keras's epochs are the stretches between two validations.
     validate_every = min(settings.validate_every or settings.steps, settings.steps)
-    with contextlib.closing(progress):
+    with contextlib.ExitStack() as stack:
+        for each in (progress, board):
+            if each is not None:
+                stack.enter_context(contextlib.closing(each))
         model.fit(
-            batches,
+            data.training,
             epochs=settings.steps // validate_every,
             steps_per_epoch=validate_every,
-            validation_data=validation_batches,
-            callbacks=[*callbacks, progress],
+            validation_data=data.validation,
+            callbacks=callbacks,
             verbose=0,
         )
+    if not progress.train_losses:  # all was done before
+        progress.read_log(settings.steps)
     if progress.validation_losses:
         perplexity = math.exp(progress.validation_losses[-1][1])
-    else:  # all was done before
-        perplexity = model.evaluate(validation_batches, verbose=0)["perplexity"]
+    else:
+        perplexity = model.evaluate(data.validation, verbose=0)["perplexity"]
+    return TrainingResult(model, progress, perplexity, data.baselines, validation)
+
+
+# Objectives: each makes the batches.
+
+
+def _causal_data(run: RunConfig, tokenizer: Tokenizer, training: list[str], validation: list[str]) -> _Data:
+    length, rows = run.training.sequence_length, run.training.batch_size
+    train_ids, train_lengths = tokenize_documents(training, tokenizer)
+    validation_ids, validation_lengths = tokenize_documents(validation, tokenizer)
+    shuffled = {"shuffle": True, "seed": run.seed, "repeat": True}
+    if run.objective.packing == "segments":
+        batches = packed_dataset((train_ids, train_lengths), tokenizer, length, rows, **shuffled)
+        validation_batches = packed_dataset((validation_ids, validation_lengths), tokenizer, length, rows)
+    else:
+        batches = windows_dataset(train_ids, length, rows, document_lengths=train_lengths, **shuffled)
+        validation_batches = windows_dataset(validation_ids, length, rows)
     baselines = {
         name: ngram_perplexity(train_ids, validation_ids, tokenizer.vocabulary_size, order)
         for name, order in (("unigram", 1), ("bigram", 2))
     }
-    return TrainingResult(model, progress, perplexity, baselines, validation)
+    return _Data(batches, validation_batches, baselines)
+
+
+def _masked_data(run: RunConfig, tokenizer: Tokenizer, training: list[str], validation: list[str]) -> _Data:
+    options = _given(mask_rate=run.objective.mask_rate, whole_words=run.objective.whole_words)
+    return _drawn_data(masked_lm_dataset, "new_masks", run, tokenizer, training, validation, options)
+
+
+def _span_data(run: RunConfig, tokenizer: Tokenizer, training: list[str], validation: list[str]) -> _Data:
+    objective = run.objective
+    options = _given(noise_rate=objective.noise_rate, mean_span_length=objective.mean_span_length)
+    options["decoder_start_id"] = run.model.decoder_start_id
+    return _drawn_data(span_corruption_dataset, "new_spans", run, tokenizer, training, validation, options)
+
+
+def _drawn_data(make: Callable, new_draws: str, run, tokenizer, training, validation, options) -> _Data:
+    """Batches of which a part is drawn anew in each pass, and for the validation once."""
+    sizes = (run.training.sequence_length, run.training.batch_size)
+    batches = make(training, tokenizer, *sizes, shuffle=True, seed=run.seed, repeat=True, **options)
+    validation_batches = make(validation, tokenizer, *sizes, seed=run.seed, **{new_draws: False}, **options)
+    return _Data(batches, validation_batches, {})
+
+
+_DATA = {"causal_lm": _causal_data, "masked_lm": _masked_data, "span_corruption": _span_data}
+
+
+def _given(**options):
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _size_of_step(batches: tf.data.Dataset, model: LanguageModel) -> tuple[float, int]:
+    """The tokens of a batch, on average and without what fills rows up; and the FLOPs of an update."""
+    inputs, labels, _ = batches.element_spec
+    rows, length = labels.shape
+    if not isinstance(inputs, dict):
+        return float(rows * length), rows * training_flops(model, length)
+    counts = []
+    for inputs, _, weights in batches.take(_COUNTED_BATCHES).as_numpy_iterator():
+        if "memory_mask" in inputs:
+            counts.append(inputs["memory_mask"].sum() + weights.sum())
+        else:
+            counts.append(np.count_nonzero(inputs.get("attention_mask", weights)))
+    source = inputs["source_ids"].shape[1] if "source_ids" in inputs else None
+    return float(np.mean(counts)), rows * training_flops(model, length, source)
+
+
+# Samples
+
+
+def _choose_prompts(run: RunConfig, tokenizer: Tokenizer, validation: list[str]) -> list[str]:
+    """What the model is asked to go on from while it is trained."""
+    room = run.model.context_length // 2
+    if run.logging.prompts is not None:
+        for prompt in run.logging.prompts:
+            ids = tokenizer.encode(prompt, parse_special=True, add_special_tokens=True)
+            if not 0 < len(ids) < run.model.context_length:
+                raise ValueError(
+                    "A prompt must have a token, and fewer than the context of the model. Received: "
+                    f"{prompt!r} of {len(ids)} tokens, context_length={run.model.context_length}"
+                )
+            if run.objective_name == "masked_lm" and tokenizer.mask_id not in ids:
+                raise ValueError(
+                    f"A prompt must have the mask token {tokenizer.mask_token!r}. Received: {prompt!r}"
+                )
+        return list(run.logging.prompts)
+    prompts = []
+    for text in itertools.islice(validation, 10 * _SAMPLES):
+        words = text.split()[:_SAMPLE_WORDS]
+        while words and len(tokenizer.encode(" ".join(words), add_special_tokens=True)) > room:
+            words.pop()
+        if len(words) < 3:
+            continue
+        middle = len(words) // 2
+        if run.objective_name == "masked_lm":
+            words[middle] = tokenizer.mask_token
+        elif run.objective_name == "span_corruption":
+            words[middle - 1 : middle + 1] = ["<extra_id_0>"]
+        prompts.append(" ".join(words))
+    return prompts[:_SAMPLES]
+
+
+def _writer(run: RunConfig) -> Callable[[Task, Sequence[str]], list[str]]:
+    """How a model is asked."""
+    count = run.logging.sample_tokens
+
+    def go_on(model, prompts):
+        return model.generate(prompts, count, temperature=0.8, top_k=50, seed=run.seed)
+
+    def fill_masks(model, prompts):
+        texts = []
+        for masks in model.fill_mask(prompts, top_k=5):
+            texts.append(" / ".join(", ".join(guess["token"] for guess in mask) for mask in masks))
+        return texts
+
+    def fill_spans(model, prompts):
+        tokenizer = model.tokenizer
+        ids = [tokenizer.encode(text, parse_special=True, add_special_tokens=True) for text in prompts]
+        completions = model.generate_tokens(ids, count, temperature=0.0)
+        # The sentinels tell which span is which.
+        return [tokenizer.decode(each.token_ids, skip_special_tokens=False) for each in completions]
+
+    return {"causal_lm": go_on, "masked_lm": fill_masks, "span_corruption": fill_spans}[run.objective_name]
 
 
 def train_to_folder(run: RunConfig) -> TrainingResult:
-    """Trains a model and writes it into the run's `output`, with the log and a plot.
+    """Trains a model and writes it into the run's `output`, with log, plot and report.
 
     A run that was interrupted goes on from its last checkpoint when it is started again.
 
@@ -154,8 +331,9 @@ def train_to_folder(run: RunConfig) -> TrainingResult:
         run: The configuration.
 
     Returns:
-        The model and how it did. In the folder: what `CausalLM.save_pretrained` writes, `run.json`,
-        `training.jsonl`, `loss.png` and `checkpoints`.
+        The model and how it did. In the folder: what the task's `save_pretrained` writes, `run.json`,
+        `training.jsonl`, `loss.png`, `report.html`, `tensorboard` and `checkpoints`. The report is there
+        also when the run is interrupted.
 
     Raises:
         FileExistsError: If the folder holds a model.
@@ -166,10 +344,15 @@ def train_to_folder(run: RunConfig) -> TrainingResult:
     if (output / "config.json").exists():
         raise FileExistsError(f"A run never overwrites a model; choose another folder. Received: {output}")
     _check_same_run(run, output / "run.json")
-    result = train(run, output / "training.jsonl", output / "checkpoints")
+    result = train(
+        run,
+        output / "training.jsonl",
+        output / "checkpoints",
+        output / "report.html",
+        output / "tensorboard",
+    )
     if is_chief(result.model.distribute_strategy):
-        baselines = {name: math.log(perplexity) for name, perplexity in result.baselines.items()}
-        result.progress.plot(output / "loss.png", baselines)
+        result.progress.plot(output / "loss.png", result.progress.baselines)
         result.model.save_pretrained(output)
     return result
 
@@ -177,7 +360,8 @@ def train_to_folder(run: RunConfig) -> TrainingResult:
 def _check_same_run(run: RunConfig, path: pathlib.Path) -> None:
     """Writes the settings of a run, or compares them with those that it was begun with."""
     settings = json.loads(json.dumps({**dataclasses.asdict(run), "kerasllm": __version__}))
-    del settings["output"], settings["training"]["strategy"]  # a run may move, and be spread otherwise
+    # A run may move, be spread otherwise, and show other things.
+    del settings["output"], settings["training"]["strategy"], settings["logging"]
     if not path.exists():
         write_json(path, settings)
         return

@@ -1,12 +1,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from kerasllm.config import load_run_config
-from kerasllm.tasks import CausalLM
+from kerasllm.tasks import CausalLM, MaskedLM, Seq2SeqLM
 from kerasllm.tasks.train import train, train_to_folder
-from kerasllm.training import TrainingProgress
+from kerasllm.training import TrainingProgress, training_flops
 
 SMALL = [
     "output=unused",
@@ -23,7 +24,23 @@ SMALL = [
     "training.learning_rate=0.01",
     "training.validate_every=30",
     "training.jit_compile=false",
+    "logging.prompts=[]",
 ]
+# What a small model of each family needs besides.
+FAMILIES = {
+    "gpt2": [],
+    "llama": ["model.intermediate_dim=64", "objective.packing=segments"],
+    "bert": ["model.intermediate_dim=64", "objective.whole_words=true"],
+    "t5": ["model.intermediate_dim=64", "model.head_dim=16", "objective.mean_span_length=2"],
+}
+
+
+def settings_of(family):
+    known = "model.dropout=0.0" if family != "llama" else "model.attention_dropout=0.0"
+    return [known if each == "model.dropout=0.0" else each for each in SMALL] + [
+        f"family={family}",
+        *FAMILIES[family],
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +63,61 @@ def test_to_folder(tmp_path):
     settings = [*SMALL, "training.steps=2", f"output={tmp_path / 'run'}"]
     run = load_run_config(None, settings)
     result = train_to_folder(run)
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "training.jsonl", "loss.png"):
+    files = ("config.json", "model.safetensors", "tokenizer.json")
+    for name in (*files, "training.jsonl", "loss.png", "report.html"):
         assert (tmp_path / "run" / name).is_file()
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
     loaded = CausalLM.load(tmp_path / "run")
     assert loaded.generate("The", max_new_tokens=4) == result.model.generate("The", max_new_tokens=4)
     with pytest.raises(FileExistsError, match="never overwrites a model"):
         train_to_folder(run)
 
 
+@pytest.mark.parametrize(
+    ("family", "task", "prompts"),
+    [
+        ("llama", CausalLM, "null"),
+        ("bert", MaskedLM, '["The little [MASK] ran."]'),
+        ("t5", Seq2SeqLM, "null"),
+    ],
+)
+def test_each_family_learns_what_it_is_for(tmp_path, family, task, prompts):
+    settings = [*settings_of(family), "training.steps=30", f"output={tmp_path / 'run'}"]
+    settings += [f"logging.prompts={prompts}", "logging.sample_tokens=4", "logging.peak_flops=1e12"]
+    result = train_to_folder(load_run_config(None, settings))
+    losses = [loss for _, loss in result.progress.train_losses]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    assert bool(result.baselines) == (family == "llama")
+    loaded = task.load(tmp_path / "run")
+    network = loaded.model
+    for one, two in zip(network.weights, result.model.model.weights, strict=True):
+        assert (one.numpy() == two.numpy()).all()
+    samples = result.progress.samples
+    assert {step for step, _, _ in samples} == {30}
+    throughput = result.progress.throughput
+    if family == "bert":
+        assert len(samples) == 1 and len(samples[0][2].split(", ")) >= 5
+        assert loaded.fill_mask(samples[0][1], top_k=1)[0][0]["token"] == samples[0][2].split(", ")[0]
+        # Documents fill rows, and what fills a row up is no token.
+        assert 8 * 16 < throughput.tokens_per_step < 8 * 32
+        assert throughput.flops_per_step == 8 * training_flops(network, 32)
+    else:
+        assert len(samples) == 3
+    if family == "t5":
+        assert all("<extra_id_0>" in prompt for _, prompt, _ in samples)
+        # Of 32 tokens 5 in 2 spans: 27 + 2 + 1 in the source, 5 + 2 + 1 in the target.
+        assert throughput.tokens_per_step == 8 * (30 + 8)
+        assert throughput.flops_per_step == 8 * training_flops(network, 8, 30)
+
+
 class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
-    settings = [*SMALL, "training.steps=8", "training.validate_every=4", "training.save_every=1"]
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, family):
+    settings = [*settings_of(family), "training.steps=8", "training.validate_every=4"]
+    settings.append("training.save_every=1")
 
     def run_in(name, *more):
         return load_run_config(None, [*settings, f"output={tmp_path / name}", *more])
@@ -75,15 +133,21 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as context, pytest.raises(Interrupted):
         context.setattr(TrainingProgress, "_write", fail_after_6)
         train_to_folder(run_in("stopped"))
+    assert "interrupted" in (tmp_path / "stopped" / "report.html").read_text()
     with pytest.raises(ValueError, match=r"goes on with the settings .* Received other.*\['seed'\]"):
         train_to_folder(run_in("stopped", "seed=3"))
-    resumed = train_to_folder(run_in("stopped"))
+    resumed = train_to_folder(run_in("stopped", "logging.peak_flops=1e12"))  # that may be another
+    assert "interrupted" not in (tmp_path / "stopped" / "report.html").read_text()
     ours, theirs = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("stopped", "straight")
     )
     assert ours == theirs
     for ours, wanted in zip(resumed.progress.train_losses, straight.progress.train_losses, strict=True):
-        assert ours == pytest.approx(wanted, rel=1e-5)
+        assert ours == pytest.approx(wanted, rel=1e-4)
+    for name in ("learning_rate", "gradient_norm", "skipped_updates"):
+        curves = resumed.progress.curves[name], straight.progress.curves[name]
+        assert len(curves[0]) == 8
+        assert np.array(curves[0]) == pytest.approx(np.array(curves[1]), rel=1e-4)
     assert resumed.progress.validation_losses == straight.progress.validation_losses
     lines = [
         json.loads(line) for line in (tmp_path / "stopped" / "training.jsonl").read_text().splitlines()
@@ -105,6 +169,20 @@ def test_trains_on_files(tmp_path, stories):
     settings.append("tokenizer.vocabulary_size=null")
     result = train(load_run_config(None, settings))
     assert result.model.tokenizer.vocabulary_size == len(set("".join(stories))) + 2
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt", "message"),
+    [
+        ("gpt2", "a " * 40, "fewer than the context"),
+        ("bert", "no mask", r"must have the mask token '\[MASK\]'"),
+    ],
+)
+def test_prompts_that_do_not_serve(family, prompt, message):
+    run = load_run_config(None, settings_of(family))
+    logging = dataclasses.replace(run.logging, prompts=[prompt])
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(run, logging=logging))
 
 
 def test_settings_that_contradict_each_other():
