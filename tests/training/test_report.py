@@ -38,7 +38,7 @@ def write(path, **changes):
         "validation_losses": [(29, 2.0)],
         "baselines": {"unigram": 4.0},
         "settings": settings,
-        "samples": [(5, "<script>alert(1)</script>", "text\nof two lines")],
+        "samples": [(5, "<script>alert(1)</script>", "<i>text\nof two lines")],
     }
     return write_report(path, **{**given, **changes}).read_text(encoding="utf-8")
 
@@ -59,7 +59,7 @@ def test_it_is_one_page_that_needs_nothing_else(tmp_path):
     assert base64.b64decode(links[0].partition(",")[2]).startswith(b"\x89PNG")
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
     assert "script" not in {tag for tag, _ in parser.tags} and "&lt;script&gt;" in text
-    for words in ("training.nested.rate", "runs/&lt;x&gt;", "text\nof two lines", "done"):
+    for words in ("training.nested.rate", "runs/&lt;x&gt;", "&lt;i&gt;text\nof two lines", "done"):
         assert words in text
 
 
