@@ -301,10 +301,12 @@ def _choose_prompts(run: RunConfig, tokenizer: Tokenizer, validation: list[str])
 
 def _writer(run: RunConfig) -> Callable[[Task, Sequence[str]], list[str]]:
     """How a model is asked."""
-    count = run.logging.sample_tokens
+    count = min(run.logging.sample_tokens, run.model.context_length - 1)
 
     def go_on(model, prompts):
-        return model.generate(prompts, count, temperature=0.8, top_k=50, seed=run.seed)
+        ids = model.tokenizer.encode(list(prompts), add_special_tokens=True)
+        room = run.model.context_length - max(map(len, ids))
+        return model.generate(prompts, min(count, room), temperature=0.8, top_k=50, seed=run.seed)
 
     def fill_masks(model, prompts):
         texts = []
