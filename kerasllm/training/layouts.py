@@ -19,7 +19,7 @@ SHARDS = ("nothing", "optimizer", "weights")
 # among. Keras wants the whole path to match, and a weight of several axes that none matches is refused.
 _ROLES = {
     # A column of devices has some of the heads, of the wide layer and of the vocabulary, …
-    r".*/(query|key|value|up|gate|head)/kernel": ("data", "tensor"),
+    r".*/(query|key|value|up|gate|head|head_dense|classifier_dense)/kernel": ("data", "tensor"),
     r".*/(query|key|value|up|gate)/bias": ("tensor",),
     r".*_position_bias/embeddings": (None, "tensor"),
     # … and what they give is summed over the columns.
@@ -27,7 +27,7 @@ _ROLES = {
     r".*/(token_embedding|head)/embeddings": ("tensor", "data"),
     r".*/head_bias": ("tensor",),
     r".*/(position|token_type)_embedding/embeddings": (None, "data"),
-    r".*/(head_dense|classifier_dense|classifier)/kernel": ("data", None),
+    r".*/classifier/kernel": ("data", None),
 }
 
 
