@@ -13,6 +13,7 @@ import keras
 from keras import ops
 
 from kerasllm.layers.dropout import Dropout
+from kerasllm.layers.gradient import forget_inside
 from kerasllm.layers.norm import RMSNorm
 from kerasllm.layers.position import RotaryEmbedding
 from kerasllm.layers.precision import widen
@@ -553,13 +554,16 @@ class MultiHeadAttention(keras.layers.Layer):
 
         key_length = ops.shape(keys)[2]
         bias = self._bias(offsets, length, key_length, attention_mask, position_bias, group)
-        mixed, _ = dot_product_attention(
+        mixed = forget_inside(
+            lambda *inputs: dot_product_attention(
+                *inputs,
+                lambda weights: self.weight_dropout(weights, training=training),
+                self.score_cap,
+            )[0],
             query,
             keys,
             values,
             bias,
-            lambda weights: self.weight_dropout(weights, training=training),
-            self.score_cap,
         )
         mixed = ops.reshape(mixed, (-1, self.num_heads, length, self.head_dim))
         mixed = ops.transpose(mixed, (0, 2, 1, 3))
@@ -576,7 +580,8 @@ class MultiHeadAttention(keras.layers.Layer):
         if attention_mask is not None:
             terms.append(mask_bias(attention_mask))
         if position_bias is not None:
-            terms.append(widen(position_bias))
+            position_bias = widen(position_bias)
+            terms = [*(ops.cast(term, position_bias.dtype) for term in terms), position_bias]
         bias = functools.reduce(operator.add, terms) if terms else None
         if bias is None or group == 1:
             return bias

@@ -3,8 +3,19 @@
 import keras
 from keras import ops
 
+from kerasllm.layers.gradient import is_traced_for_gradient
 from kerasllm.layers.shapes import flatten, unflatten
 from kerasllm.layers.xla import is_traced_for_xla
+
+
+@ops.custom_gradient
+def _score(flat, table):
+    """The product with the transposed table, whose gradient comes out as the table lies."""
+
+    def differentiate(upstream):
+        return ops.matmul(upstream, table), ops.matmul(ops.transpose(upstream), flat)
+
+    return ops.matmul(flat, ops.transpose(table)), differentiate
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
@@ -50,7 +61,10 @@ class TokenEmbedding(keras.layers.Layer):
         table = ops.convert_to_tensor(self.embeddings)
         if reverse:
             flat = flatten(inputs)
-            if is_traced_for_xla():  # where a wide table is multiplied several times faster from the left
+            if is_traced_for_gradient():
+                # Reshaped, it is a value and no variable, which would want a gradient of its own kind.
+                logits = _score(flat, ops.reshape(table, (self.vocabulary_size, self.dim)))
+            elif is_traced_for_xla():  # where a wide table is multiplied several times faster from the left
                 logits = ops.transpose(ops.matmul(table, ops.transpose(flat)))
             else:
                 logits = ops.matmul(flat, ops.transpose(table))

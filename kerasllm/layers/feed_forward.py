@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from kerasllm.layers.dropout import Dropout
+from kerasllm.layers.gradient import forget_inside
 from kerasllm.layers.shapes import flatten, unflatten
 
 ACTIVATIONS = {
@@ -67,8 +68,8 @@ class _FeedForward(keras.layers.Layer):
             setattr(self, name, dense(name, self.intermediate_dim, dim, self.initializer_range))
         self.down = dense("down", dim, self.intermediate_dim, self.output_initializer_range)
 
-    def _widen(self, flat):
-        """Vectors `[..., dim]` to those of the layer in the middle."""
+    def _activate(self, *wide):
+        """From what the matrices of `input_names` give to the layer in the middle."""
         raise NotImplementedError
 
     def call(self, x, training: bool = False):
@@ -81,8 +82,13 @@ class _FeedForward(keras.layers.Layer):
         Returns:
             Floats `[batch, length, dim]`.
         """
-        hidden = self.hidden_dropout_layer(self._widen(flatten(x)), training=training)
-        return self.output_dropout_layer(unflatten(self.down(hidden), x), training=training)
+        flat = flatten(x)
+
+        def narrow(*wide):
+            return self.down(self.hidden_dropout_layer(self._activate(*wide), training=training))
+
+        flat = forget_inside(narrow, *(getattr(self, name)(flat) for name in self.input_names))
+        return self.output_dropout_layer(unflatten(flat, x), training=training)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -107,8 +113,8 @@ class FeedForward(_FeedForward):
     def __init__(self, intermediate_dim: int, activation: str = "gelu", **kwargs):
         super().__init__(intermediate_dim, activation, **kwargs)
 
-    def _widen(self, flat):
-        return ACTIVATIONS[self.activation](self.up(flat))
+    def _activate(self, up):
+        return ACTIVATIONS[self.activation](up)
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
@@ -132,5 +138,5 @@ class GatedFeedForward(_FeedForward):
     def __init__(self, intermediate_dim: int, activation: str = "silu", use_bias: bool = False, **kwargs):
         super().__init__(intermediate_dim, activation, use_bias, **kwargs)
 
-    def _widen(self, flat):
-        return ACTIVATIONS[self.activation](self.gate(flat)) * self.up(flat)
+    def _activate(self, gate, up):
+        return ACTIVATIONS[self.activation](gate) * up

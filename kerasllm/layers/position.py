@@ -280,11 +280,13 @@ class RotaryEmbedding(keras.layers.Layer):
         x = widen(x)
         cos, sin = ops.cast(cos, x.dtype), ops.cast(sin, x.dtype)
         half = self.rotary_dim // 2
-        first, second = x[..., :half], x[..., half : self.rotary_dim]
-        parts = [first * cos - second * sin, second * cos + first * sin]
+        # Not by slices: the gradient of each would be an array of the whole size, mostly zeros.
         if self.rotary_dim < self.head_dim:
-            parts.append(x[..., self.rotary_dim :])
-        return ops.cast(ops.concatenate(parts, axis=-1), self.compute_dtype)
+            first, second, *rest = ops.split(x, [half, self.rotary_dim], axis=-1)
+        else:
+            first, second, *rest = ops.split(x, 2, axis=-1)
+        rotated = [first * cos - second * sin, second * cos + first * sin]
+        return ops.cast(ops.concatenate([*rotated, *rest], axis=-1), self.compute_dtype)
 
     def compute_output_shape(self, x_shape, positions_shape):
         return x_shape

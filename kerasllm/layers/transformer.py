@@ -6,6 +6,7 @@ import keras
 
 from kerasllm.layers.attention import MultiHeadAttention
 from kerasllm.layers.feed_forward import FeedForward, GatedFeedForward
+from kerasllm.layers.gradient import forget_block, forget_inside
 from kerasllm.layers.norm import LayerNorm, RMSNorm
 
 
@@ -129,12 +130,23 @@ class _Block(keras.layers.Layer):
             if norm is not None:
                 norm.build(x_shape)
 
+    def __call__(self, x, memory=None, position_bias=None, **kwargs):
+        # What has a gradient must be among the inputs of what is computed again.
+        inputs = {"memory": memory, "position_bias": position_bias}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        call = super().__call__
+        return forget_block(
+            lambda x, *others: call(x, **dict(zip(inputs, others, strict=True)), **kwargs),
+            x,
+            *inputs.values(),
+        )
+
     def _residual(self, x, norm, branch, last_norm):
         """Adds a branch to the stream, with the norm before the branch or after the sum."""
         if not self.norm_first:
-            return norm(x + branch(x))
-        y = branch(norm(x))
-        return x + (y if last_norm is None else last_norm(y))
+            return forget_inside(norm, x + branch(x))
+        y = branch(forget_inside(norm, x))
+        return x + (y if last_norm is None else forget_inside(last_norm, y))
 
     def _feed_forward(self, x, training):
         return self._residual(

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import keras
 import tensorflow as tf
 from keras import ops
 
@@ -50,13 +49,9 @@ def token_sums(logits, labels, weights, label_smoothing: float = 0.0, z_loss: fl
     logits = widen(logits)
     labels = ops.cast(labels, "int32")
     weights = ops.cast(weights, logits.dtype)
-    normalizers = ops.logsumexp(logits, axis=-1)
-    if keras.backend.backend() == "tensorflow":  # in one operation
-        label_logits = tf.gather(logits, labels, batch_dims=len(labels.shape))
-    else:
-        label_logits = ops.squeeze(ops.take_along_axis(logits, labels[..., None], axis=-1), -1)
-    losses = normalizers - label_logits
-    objectives = losses
+    losses = objectives = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+    if label_smoothing or z_loss:
+        normalizers = ops.logsumexp(logits, axis=-1)
     if label_smoothing:
         even = normalizers - ops.mean(logits, axis=-1)
         objectives = (1.0 - label_smoothing) * losses + label_smoothing * even

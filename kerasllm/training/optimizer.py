@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from kerasllm.training.guard import Guarded
@@ -23,6 +24,32 @@ class _Optimizer(Guarded):
         super().__init__(**kwargs)
         self.not_decayed = tuple(not_decayed)
         self.exclude_from_weight_decay(var_names=list(self.not_decayed))
+
+    def _apply_weight_decay(self, variables):
+        # Keras's Muon has two decays, and looks for what is not decayed in the name without the path.
+        if keras.backend.backend() != "tensorflow":
+            keras.optimizers.Optimizer._apply_weight_decay(self, variables)
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        if keras.backend.backend() == "tensorflow" and self.weight_decay is not None:
+            # Not before the gradients are there: what the step still reads would have to be copied.
+            with tf.control_dependencies(grads):
+                tf.__internal__.distribute.interim.maybe_merge_call(
+                    self._decay, self._distribution_strategy, trainable_variables, learning_rate
+                )
+        super()._backend_update_step(grads, trainable_variables, learning_rate)
+
+    def _decay(self, strategy, variables, learning_rate):
+        def decay(variable):
+            rate = tf.cast(self.learning_rate * self.weight_decay, variable.dtype)
+            tf.raw_ops.ResourceApplyGradientDescent(
+                var=variable.handle, alpha=rate, delta=variable.read_value()
+            )
+
+        for variable in variables:
+            variable = getattr(variable, "value", variable)
+            if self._use_weight_decay(variable):
+                strategy.extended.update(variable, decay, group=False)
 
     def get_config(self):
         return {**super().get_config(), "not_decayed": list(self.not_decayed)}
@@ -65,6 +92,28 @@ class AdamW(_Optimizer, keras.optimizers.AdamW):
             global_clipnorm=global_clipnorm,
             not_decayed=not_decayed,
             **kwargs,
+        )
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Updates one variable; Keras calls it."""
+        if keras.backend.backend() != "tensorflow" or self.amsgrad:
+            super().update_step(gradient, variable, learning_rate)
+            return
+        # TensorFlow's one operation reads and writes each array once: four times as fast as Keras's steps.
+        dtype = variable.dtype
+        index = self._get_variable_index(variable)
+        slots = (self._momentums[index].value, self._velocities[index].value)
+        step = ops.cast(self.iterations + 1, dtype)
+        beta_1, beta_2 = (tf.cast(beta, dtype) for beta in (self.beta_1, self.beta_2))
+        tf.raw_ops.ResourceApplyAdam(
+            **dict(zip(("var", "m", "v"), (each.handle for each in (variable, *slots)), strict=True)),
+            beta1_power=tf.pow(beta_1, step),
+            beta2_power=tf.pow(beta_2, step),
+            lr=ops.cast(learning_rate, dtype),
+            beta1=beta_1,
+            beta2=beta_2,
+            epsilon=tf.cast(self.epsilon, dtype),
+            grad=ops.cast(gradient, dtype),
         )
 
 
@@ -269,10 +318,6 @@ class Muon(_Optimizer, keras.optimizers.Muon):
     def lr_adjust(self, x):
         """Scales an update to the size that AdamW's have; Keras calls it."""
         return x if self.rms_rate is None else x * (self.rms_rate * math.sqrt(max(x.shape)))
-
-    def _apply_weight_decay(self, variables):
-        # Keras has two decays, and looks for what is not decayed in the name without the path.
-        keras.optimizers.Optimizer._apply_weight_decay(self, variables)
 
     def get_config(self):
         config = super().get_config()

@@ -6,6 +6,7 @@ sum over microbatches, densify, sum over replicas, check the loss scale, clip, u
 divided by the weight of the whole batch, which is known before.
 """
 
+import contextlib
 import hashlib
 import json
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +15,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from kerasllm.layers.gradient import REMATS, traced_for_gradient
 from kerasllm.training import jax_step
 from kerasllm.training.checkpoint import Checkpoints, fit_from_checkpoint, is_multi_worker
 from kerasllm.training.dropout import dropout_by_row
@@ -70,6 +72,7 @@ class Training:
         microbatches: int = 1,
         seed: int = 0,
         jit_compile: bool | str = "auto",
+        remat: str | None = None,
         **kwargs,
     ):
         """Prepares the model for training; see `keras.Model.compile`.
@@ -82,6 +85,9 @@ class Training:
                 and the row in the batch, however many replicas and microbatches there are.
             jit_compile: Whether XLA compiles the step; on several replicas, the forward and backward
                 computation of each. "auto": where there is one replica.
+            remat: What is computed again for the gradient instead of being kept: `"cheap"`: norms,
+                activations and attention weights; `"blocks"`: all inside of the blocks, which takes a third
+                more time and least memory; None: nothing.
             **kwargs: As in Keras.
 
         Raises:
@@ -89,9 +95,14 @@ class Training:
         """
         strategy = self.distribute_strategy
         if jax_step.IS_JAX:
-            jax_step.check_compile(self, optimizer, microbatches)
-        _check_compile(strategy, optimizer, microbatches, seed, kwargs)
-        self._compile_options = {"microbatches": microbatches, "seed": seed, "jit_compile": jit_compile}
+            jax_step.check_compile(self, microbatches)
+        _check_compile(strategy, optimizer, microbatches, seed, remat, kwargs)
+        self._compile_options = {
+            "microbatches": microbatches,
+            "seed": seed,
+            "jit_compile": jit_compile,
+            "remat": remat,
+        }
         is_spread = strategy.num_replicas_in_sync > 1 or is_multi_worker(strategy)
         # XLA cannot compile what crosses replicas, so it gets what is computed inside of each.
         self._jit_replica = is_spread and jit_compile is True
@@ -121,6 +132,8 @@ class Training:
 
     def fit(self, x=None, y=None, **kwargs):
         """Trains; see `keras.Model.fit`. With `Checkpoints` among the callbacks, from the last save on."""
+        if jax_step.IS_JAX:
+            jax_step.check_layouts(self)
         self._check_batches(x)
         if is_multi_worker(self.distribute_strategy):
             self._check_workers_agree()
@@ -250,7 +263,7 @@ class Training:
         variables = [variable.value for variable in self.trainable_weights]
         rows, count = _rows(batch), self._compile_options["microbatches"]
         if count == 1 and tf.distribute.get_replica_context().num_replicas_in_sync == 1:
-            with dropout_by_row(self._compile_options["seed"], step, first_row, rows):
+            with self._traced(step, first_row, rows):
                 return self._differentiate(*batch, variables, scale)
         # Rows of no weight fill the last microbatch, and the share of a replica that got no rows.
         size = tf.maximum(1, (rows + count - 1) // count)
@@ -265,7 +278,7 @@ class Training:
         parts = tf.nest.map_structure(split, (x, y, sample_weight))
 
         def compute(number):
-            with dropout_by_row(self._compile_options["seed"], step, first_row + number * size, size):
+            with self._traced(step, first_row + number * size, size):
                 microbatch = tf.nest.map_structure(lambda values: values[number], parts)
                 return self._differentiate(*microbatch, variables, scale)
 
@@ -320,6 +333,13 @@ class Training:
             self._means[name].update_state(mean, sample_weight=part.weight)
         if part.predictions is not None:
             self.compute_metrics(batch[0], batch[1], part.predictions, sample_weight=batch[2])
+
+    @contextlib.contextmanager
+    def _traced(self, step, first_row, rows):
+        """How layers behave in a step."""
+        options = self._compile_options
+        with dropout_by_row(options["seed"], step, first_row, rows), traced_for_gradient(options["remat"]):
+            yield
 
     def _report(self, batch, part: BatchPart):
         """Counts a part into the metrics and returns their values over all replicas."""
@@ -472,11 +492,13 @@ def dense(gradients: list) -> list:
     return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
 
-def _check_compile(strategy, optimizer, microbatches, seed, kwargs) -> None:
+def _check_compile(strategy, optimizer, microbatches, seed, remat, kwargs) -> None:
     if not isinstance(microbatches, int) or microbatches < 1:
         raise ValueError(f"`microbatches` must be an integer from 1 on. Received: {microbatches!r}")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"`seed` must be an integer from 0 to 2^32 - 1. Received: {seed!r}")
+    if remat not in REMATS:
+        raise ValueError(f"`remat` must be one of {REMATS}. Received: {remat!r}")
     for each in (optimizer, getattr(optimizer, "inner_optimizer", None)):
         if steps := getattr(each, "gradient_accumulation_steps", None):
             raise ValueError(
