@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras import ops
 
 from kerasllm.layers.dropout import dropout_chosen_by
+from kerasllm.layers.gradient import traced_for_gradient
 from kerasllm.training.layouts import Layouts, check_layouts
 
 IS_JAX = keras.backend.backend() == "jax"
@@ -32,14 +33,14 @@ def train_step(model, state, data):
         The values of the metrics by name, and the new state.
     """
     trainable, non_trainable, optimizer, metrics = state
-    batch = keras.utils.unpack_x_y_sample_weight(data)
+    batch, options = keras.utils.unpack_x_y_sample_weight(data), model._compile_options
 
     def differentiate(trainable):
         values = _pairs(model, trainable, non_trainable)
         values += zip(model.optimizer.variables, optimizer, strict=True)
         with keras.StatelessScope(state_mapping=values) as scope:
             step = ops.convert_to_tensor(model.optimizer.iterations)
-            with dropout_by_step(model._compile_options["seed"], step):
+            with dropout_by_step(options["seed"], step), traced_for_gradient(options.get("remat")):
                 part = model._sum(*batch, training=True)
             loss = model.optimizer.scale_loss(ops.divide_no_nan(part.objective, part.weight))
         return loss, (part, [scope.get_current_value(each) for each in model.non_trainable_variables])
@@ -107,12 +108,11 @@ def dropout_by_step(seed, step):
     return dropout_chosen_by(drop)
 
 
-def check_compile(model, optimizer, microbatches: int) -> None:
+def check_compile(model, microbatches: int) -> None:
     """Refuses what the training on JAX does not have.
 
     Args:
         model: The task.
-        optimizer: Its optimizer, the name of one, or None.
         microbatches: As in `Training.compile`.
 
     Raises:
@@ -123,12 +123,6 @@ def check_compile(model, optimizer, microbatches: int) -> None:
             "On the JAX backend a batch is computed at once: divide it by `make_distribution`, or use the "
             f"TensorFlow backend. Received: microbatches={microbatches}"
         )
-    for each in (optimizer, getattr(optimizer, "inner_optimizer", None)):
-        if (limit := getattr(each, "skip_above", None)) is not None:
-            raise ValueError(
-                "Only the TensorFlow backend leaves updates out. "
-                f"Received: an optimizer with skip_above={limit}"
-            )
     check_layouts(model)
 
 
