@@ -99,6 +99,8 @@ class TrainingSettings:
         precision: Keras dtype policy.
         jit_compile: Whether XLA compiles the step.
         microbatches: Parts in which each replica computes its share of a batch, to save memory.
+        remat: What is computed again to save memory: `cheap` (norms, activations, attention weights) or
+            `blocks` (all inside of the blocks); null: nothing.
         strategy: Where it is computed: `one` device, all GPUs of this machine (`mirrored`), the workers
             that TF_CONFIG names (`multi_worker`), a Cloud TPU (`tpu`), or what there is (`auto`).
         save_every: Updates between two checkpoints; null: only with each validation.
@@ -119,6 +121,7 @@ class TrainingSettings:
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     jit_compile: bool = True
     microbatches: int = 1
+    remat: Literal["cheap", "blocks"] | None = None
     strategy: Literal["auto", "one", "mirrored", "multi_worker", "tpu"] = "auto"
     save_every: int | None = None
     keep: int = 2

@@ -1,7 +1,6 @@
 """Prompts and their completions → rows of which only the completions are learned."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -19,7 +18,6 @@ def prefix_lm_dataset(
     sequence_length: int,
     batch_size: int,
     *,
-    bidirectional_prefix: bool = False,
     too_long: str = "error",
     shuffle: bool = False,
     seed: int = 0,
@@ -30,7 +28,8 @@ def prefix_lm_dataset(
     """Makes rows of a prompt and its completion, of which a model learns the completion.
 
     A row is the tokens of the prompt, those of the completion and the end-of-text token if the tokenizer
-    has one. The loss counts for tokens of the completion and its end only.
+    has one. The loss counts for tokens of the completion and its end only. Tokens of the prompt see those
+    before them only, as when the model generates.
 
     Args:
         pairs: (prompt, completion) texts, which are tokenized each for itself and without special tokens
@@ -40,8 +39,6 @@ def prefix_lm_dataset(
         sequence_length: tokens that the model sees at once. A pair may have one more, for the last one is
             a label only.
         batch_size: rows per batch.
-        bidirectional_prefix: whether the tokens of a prompt see each other in both directions, which
-            "attention_mask" says then. Raffel et al., "Exploring the Limits of Transfer Learning", 2020.
         too_long: what to do with pairs that do not fit: "error" or "drop".
         shuffle: whether rows come in random order, a new one in each pass: in each round of `repeat`, and
             otherwise each time the dataset is iterated.
@@ -53,11 +50,8 @@ def prefix_lm_dataset(
 
     Returns:
         A dataset of (token_ids, labels, weights), each [batch, sequence_length], int32 except for the
-        float32 weights, as of `windows_dataset`. With `bidirectional_prefix` the first is a dictionary
-        of "token_ids" and "attention_mask", int32 [batch, sequence_length, sequence_length]: which query
-        (second dimension) sees which key (third). The mask says all, the causal rule included; a model
-        that applies that rule as well hides the prompt's later tokens again. The batch size is static
-        with `repeat` or `drop_remainder`.
+        float32 weights, as of `windows_dataset`. The batch size is static with `repeat` or
+        `drop_remainder`.
 
     Raises:
         TypeError: a pair is neither two strings nor two sequences of integers.
@@ -95,15 +89,10 @@ def prefix_lm_dataset(
         prompt_lengths = tf.constant(prompt_lengths[fits], tf.int32)
         places = tf.range(sequence_length)
 
-    def make_row(row: tf.Tensor, _: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor]:
+    def make_row(row: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         ids, prompt_length = rows[row], prompt_lengths[row]
         length = tf.size(ids) - 1  # of the inputs: the last token is a label only
         inputs = pad_row(ids[:-1], sequence_length)
-        if bidirectional_prefix:
-            queries, keys = places[:, tf.newaxis], places[tf.newaxis]
-            is_seen = (keys <= queries) | ((queries < prompt_length) & (keys < prompt_length))
-            mask = tf.cast(is_seen & (keys < length), tf.int32)
-            inputs = {"token_ids": inputs, "attention_mask": mask}
         labels = pad_row(ids[1:], sequence_length)
         is_learned = (places >= prompt_length - 1) & (places < length)
         return inputs, labels, tf.cast(is_learned, tf.float32)

@@ -147,6 +147,7 @@ def train(
             ),
             jit_compile=settings.jit_compile,
             microbatches=settings.microbatches,
+            remat=settings.remat,
             seed=run.seed,
         )
     saves = None

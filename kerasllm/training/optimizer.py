@@ -31,7 +31,7 @@ class _Optimizer(Guarded):
             keras.optimizers.Optimizer._apply_weight_decay(self, variables)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        if keras.backend.backend() == "tensorflow" and self.weight_decay is not None:
+        if keras.backend.backend() == "tensorflow" and self.weight_decay:
             # Not before the gradients are there: what the step still reads would have to be copied.
             with tf.control_dependencies(grads):
                 tf.__internal__.distribute.interim.maybe_merge_call(
@@ -85,7 +85,7 @@ class AdamW(_Optimizer, keras.optimizers.AdamW):
     ):
         super().__init__(
             learning_rate=learning_rate,
-            weight_decay=weight_decay,
+            weight_decay=weight_decay or 0.0,  # Keras takes no None here
             beta_1=beta_1,
             beta_2=beta_2,
             epsilon=epsilon,

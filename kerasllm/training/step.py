@@ -265,7 +265,9 @@ class Training:
         if count == 1 and tf.distribute.get_replica_context().num_replicas_in_sync == 1:
             with self._traced(step, first_row, rows):
                 return self._differentiate(*batch, variables, scale)
-        # Rows of no weight fill the last microbatch, and the share of a replica that got no rows.
+        # Rows of no weight fill the last microbatch, and the share of a replica that got no rows. A task
+        # that weighs rows would count them.
+        weight = tf.cast(self._weigh(*batch), self._sum_dtype)
         size = tf.maximum(1, (rows + count - 1) // count)
         x, y, sample_weight = batch
         sample_weight = tf.ones([rows], self._sum_dtype) if sample_weight is None else sample_weight
@@ -284,33 +286,31 @@ class Training:
 
         if count == 1:
             part, gradients = compute(0)
-            predictions = part.predictions
-            return part._replace(predictions=None if predictions is None else predictions[:rows]), gradients
+            predictions = None if part.predictions is None else part.predictions[:rows]
+            return part._replace(weight=weight, predictions=predictions), gradients
         # None has no place in a loop: the predictions are a list of one array or of none.
         shapes = []
 
-        def add(number, objective, sums, weight, gradients, predictions):
+        def add(number, objective, sums, gradients, predictions):
             part, more = compute(number)
             if predictions:
                 shapes.append(part.predictions.shape)
                 predictions = [predictions[0].write(number, part.predictions)]
             objective += tf.cast(part.objective, objective.dtype)
-            weight += tf.cast(part.weight, weight.dtype)
             sums = {name: total + tf.cast(part.sums[name], total.dtype) for name, total in sums.items()}
-            return number + 1, objective, sums, weight, _add(gradients, more), predictions
+            return number + 1, objective, sums, _add(gradients, more), predictions
 
         zero = tf.zeros([], self._sum_dtype)
         predictions = []
         if self._compile_metrics is not None:
             predictions = [tf.TensorArray(self.compute_dtype, count, infer_shape=False)]
-        _, objective, sums, weight, gradients, predictions = tf.while_loop(
+        _, objective, sums, gradients, predictions = tf.while_loop(
             lambda number, *_: number < count,
             add,
             (
                 tf.constant(0),
                 zero,
                 dict.fromkeys(self.mean_metrics, zero),
-                zero,
                 [tf.zeros(variable.shape, variable.dtype) for variable in variables],
                 predictions,
             ),

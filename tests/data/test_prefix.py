@@ -19,12 +19,9 @@ def tokenizer():
 
 
 def rows_of(dataset):
-    """The rows of a finite dataset as (token_ids, labels, weights) lists, and the mask if there is one."""
+    """The rows of a finite dataset as (token_ids, labels, weights) lists."""
     rows = []
-    for inputs, labels, weights in dataset.as_numpy_iterator():
-        parts = [inputs, labels, weights]
-        if isinstance(inputs, dict):
-            parts = [inputs["token_ids"], labels, weights, inputs["attention_mask"]]
+    for parts in dataset.as_numpy_iterator():
         rows += [tuple(part.tolist() for part in row) for row in zip(*parts, strict=True)]
     return rows
 
@@ -76,32 +73,12 @@ def test_pairs_that_are_too_long_can_be_dropped(tokenizer):
         prefix_lm_dataset(PAIRS, tokenizer, 1, 3, too_long="drop")
 
 
-def test_prefix_is_seen_in_both_directions(tokenizer):
-    rows = rows_of(prefix_lm_dataset(PAIRS, tokenizer, LENGTH, 3, bidirectional_prefix=True))
-    for (token_ids, labels, weights, mask), (prompt, completion) in zip(
-        rows, encoded(tokenizer), strict=True
-    ):
-        assert (token_ids, labels, weights) == reference_row(prompt, completion)
-        length = len(prompt) + len(completion) - 1
-        for query, key in itertools.product(range(LENGTH), range(LENGTH)):
-            is_in_prompt = query < len(prompt) and key < len(prompt)
-            assert mask[query][key] == int((key <= query or is_in_prompt) and key < length)
-            # No label of the loss may be seen before it is predicted.
-            if weights[query] and mask[query][key]:
-                assert key <= query
-
-
 def test_types_and_shapes(tokenizer):
-    dataset = prefix_lm_dataset(PAIRS, tokenizer, LENGTH, 2, repeat=True, bidirectional_prefix=True)
-    inputs, labels, weights = dataset.element_spec
-    assert {name: (spec.shape.as_list(), spec.dtype) for name, spec in inputs.items()} == {
-        "token_ids": ([2, LENGTH], tf.int32),
-        "attention_mask": ([2, LENGTH, LENGTH], tf.int32),
-    }
-    assert (labels.shape, labels.dtype) == ((2, LENGTH), tf.int32)
-    plain = prefix_lm_dataset(PAIRS, tokenizer, LENGTH, 2, drop_remainder=True).element_spec[0]
-    assert (plain.shape, plain.dtype) == ((2, LENGTH), tf.int32)
-    assert (weights.shape, weights.dtype) == ((2, LENGTH), tf.float32)
+    for options in ({"repeat": True}, {"drop_remainder": True}):
+        dataset = prefix_lm_dataset(PAIRS, tokenizer, LENGTH, 2, **options)
+        ids, labels, weights = dataset.element_spec
+        for spec, dtype in ((ids, tf.int32), (labels, tf.int32), (weights, tf.float32)):
+            assert (spec.shape, spec.dtype) == ((2, LENGTH), dtype)
 
 
 def shuffled(tokenizer, **options):

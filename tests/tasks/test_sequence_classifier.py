@@ -192,6 +192,13 @@ class TestTraining:
             results = model.evaluate(TEXTS, labels, batch_size=batch_size, verbose=0)
             assert results["loss"] == pytest.approx(right, rel=1e-4)
 
+    def test_rows_that_fill_a_microbatch_are_not_counted(self):
+        model, labels = self.fresh(), [0, 2, 1]
+        want = model.evaluate(TEXTS[:3], labels, verbose=0)["loss"]
+        model.compile(keras.optimizers.SGD(0.0), microbatches=2, run_eagerly=True)
+        losses = model.fit(TEXTS[:3], labels, shuffle=False, verbose=0).history["loss"]
+        assert losses[0] == pytest.approx(want, rel=1e-5)
+
     def test_batches_as_in_keras(self):
         model = self.fresh()
         inputs = model._pad(model._encode(TEXTS))
