@@ -114,7 +114,10 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", pytest.param("bert", marks=pytest.mark.slow), pytest.param("t5", marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, family):
     settings = [*settings_of(family), "training.steps=8", "training.validate_every=4"]
     settings.append("training.save_every=1")
