@@ -111,8 +111,8 @@ MUTANTS = [
         "layers/feed_forward.py",
         (
             (
-                "ACTIVATIONS[self.activation](self.gate(flat)) * self.up(flat)",
-                "self.gate(flat) * ACTIVATIONS[self.activation](self.up(flat))",
+                "ACTIVATIONS[self.activation](gate) * up",
+                "gate * ACTIVATIONS[self.activation](up)",
             ),
         ),
         "layers/test_feed_forward.py",
@@ -156,7 +156,7 @@ MUTANTS = [
     Mutant(
         "norm before the sum instead of after it",
         "layers/transformer.py",
-        (("return norm(x + branch(x))", "return x + norm(branch(x))"),),
+        (("return forget_inside(norm, x + branch(x))", "return x + norm(branch(x))"),),
         TRANSFORMER,
         "encoder_matches_numpy",
     ),
@@ -321,7 +321,7 @@ MUTANTS = [
     Mutant(
         "no norm at the end of a branch",
         "layers/transformer.py",
-        (("y if last_norm is None else last_norm(y)", "y"),),
+        (("y if last_norm is None else forget_inside(last_norm, y)", "y"),),
         TRANSFORMER,
         "decoder_matches_numpy",
     ),
