@@ -557,13 +557,13 @@ class MultiHeadAttention(keras.layers.Layer):
         mixed = forget_inside(
             lambda *inputs: dot_product_attention(
                 *inputs,
-                lambda weights: self.weight_dropout(weights, training=training),
-                self.score_cap,
+                dropout=lambda weights: self.weight_dropout(weights, training=training),
+                score_cap=self.score_cap,
             )[0],
             query,
             keys,
             values,
-            bias,
+            *([] if bias is None else [bias]),
         )
         mixed = ops.reshape(mixed, (-1, self.num_heads, length, self.head_dim))
         mixed = ops.transpose(mixed, (0, 2, 1, 3))

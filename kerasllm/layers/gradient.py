@@ -8,8 +8,8 @@ import keras
 # What `traced_for_gradient` takes.
 REMATS = (None, "cheap", "blocks")
 
-_IS_OPEN = contextvars.ContextVar("traced_for_gradient", default=False)
-_REMAT = contextvars.ContextVar("remat", default=None)
+_NOT_OPEN = "not open"
+_REMAT = contextvars.ContextVar("remat", default=_NOT_OPEN)
 
 
 @contextlib.contextmanager
@@ -22,17 +22,16 @@ def traced_for_gradient(remat: str | None = None):
             the weights of the attention, but no product with weights; `"blocks"`: all that is inside of
             a block; None: nothing.
     """
-    tokens = _IS_OPEN.set(True), _REMAT.set(remat)
+    token = _REMAT.set(remat)
     try:
         yield
     finally:
-        _IS_OPEN.reset(tokens[0])
-        _REMAT.reset(tokens[1])
+        _REMAT.reset(token)
 
 
 def is_traced_for_gradient() -> bool:
     """Returns whether `traced_for_gradient` is open."""
-    return _IS_OPEN.get()
+    return _REMAT.get() != _NOT_OPEN
 
 
 def forget_inside(function, *inputs):
@@ -48,20 +47,9 @@ def forget_inside(function, *inputs):
     Returns:
         What the function returns.
     """
-    return _recompute(function, inputs) if _REMAT.get() == "cheap" else function(*inputs)
+    return keras.remat(function)(*inputs) if _REMAT.get() == "cheap" else function(*inputs)
 
 
 def forget_block(function, *inputs):
     """As `forget_inside`, for a whole block."""
-    return _recompute(function, inputs) if _REMAT.get() == "blocks" else function(*inputs)
-
-
-def _recompute(function, inputs):
-    # Keras's gets tensors only, and None stands for what is not there.
-    given = [value for value in inputs if value is not None]
-
-    def call(*values):
-        values = iter(values)
-        return function(*(None if value is None else next(values) for value in inputs))
-
-    return keras.remat(call)(*given)
+    return keras.remat(function)(*inputs) if _REMAT.get() == "blocks" else function(*inputs)
