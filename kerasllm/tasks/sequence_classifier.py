@@ -167,8 +167,7 @@ class SequenceClassifier(Training, TextTask):
         with tf.GradientTape() as tape:
             part = self._sum(x, y, sample_weight, training=True)
             target = part.objective * tf.cast(scale, part.objective.dtype)
-        gradients = tape.gradient(target, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return part, dense(gradients)
+        return part, dense(tape.gradient(target, variables), variables)
 
     def _measure(self, x, y, sample_weight):
         return self._sum(x, y, sample_weight, training=False)

@@ -4,6 +4,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from kerasllm.layers.precision import widen
+
 
 class Guarded:
     """Notes the norm of the gradients, and lets an optimizer leave out updates that would harm.
@@ -63,11 +65,8 @@ class Guarded:
         update = super().apply
         if not self.built and trainable_variables is not None:
             self.build(list(trainable_variables))
-        if not (self.built and len(grads)):  # Keras has something to say about it
-            update(grads, trainable_variables)
-            return
-        if self.skip_above is None:
-            self.gradient_norm.assign(self._measure(grads))
+        # Without gradients Keras has something to say about it.
+        if self.skip_above is None or not (self.built and len(grads)):
             update(grads, trainable_variables)
             return
         if keras.backend.backend() != "tensorflow":
@@ -105,10 +104,20 @@ class Guarded:
 
     def _measure(self, gradients):
         """The norm of all gradients together."""
-        # TensorFlow's rows of a gradient that may repeat have to be summed first.
-        gradients = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
-        squares = [ops.sum(ops.square(ops.cast(g, "float32"))) for g in gradients if g is not None]
-        return ops.sqrt(sum(squares, ops.zeros((), "float32"))) / (self.loss_scale_factor or 1.0)
+        return ops.cast(_norm(gradients), "float32") / (self.loss_scale_factor or 1.0)
+
+    def _clip_gradients(self, grads):
+        # Keras calls it; it would take the norm of all once more.
+        if self.skip_above is not None and not self.global_clipnorm:
+            return super()._clip_gradients(grads)
+        norm = _norm(grads)
+        if self.skip_above is None:
+            self.gradient_norm.assign(ops.cast(norm, "float32"))
+        if not self.global_clipnorm or self.clipnorm:
+            return super()._clip_gradients(grads)
+        factor = self.global_clipnorm / ops.maximum(norm, self.global_clipnorm)
+        factor += norm - norm  # NaN if the norm is not finite
+        return [g if g is None else g * ops.cast(factor, g.dtype) for g in grads]
 
     def _judge(self, norm):
         """Takes note of a norm and returns whether to update."""
@@ -127,3 +136,13 @@ class Guarded:
 
     def get_config(self):
         return {**super().get_config(), "skip_above": self.skip_above, "skip_window": self.skip_window}
+
+
+def _norm(gradients):
+    """The norm of all gradients together, in the widest of their dtypes, at least float32."""
+    # TensorFlow's rows of a gradient that may repeat have to be summed first.
+    gradients = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
+    gradients = [widen(g) for g in gradients if g is not None]
+    if keras.backend.backend() == "tensorflow":  # which has an operation that writes no array of squares
+        return ops.sqrt(2 * ops.sum(ops.stack([tf.nn.l2_loss(g) for g in gradients])))
+    return ops.sqrt(sum(ops.sum(ops.square(g)) for g in gradients))

@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import keras
 import tensorflow as tf
 from keras import ops
 
 from kerasllm.layers.precision import widen
 
-# Logits that `chunked_token_loss` holds at once: 64 MB in float32.
-_CHUNK_LOGITS = 2**24
+# Logits that `chunked_token_loss` holds at once: 32 MB in float32.
+_CHUNK_LOGITS = 2**23
 
 
 class TokenSums(NamedTuple):
@@ -57,8 +58,15 @@ def token_sums(logits, labels, weights, label_smoothing: float = 0.0, z_loss: fl
         objectives = (1.0 - label_smoothing) * losses + label_smoothing * even
     if z_loss:
         objectives = objectives + z_loss * ops.square(normalizers)
-    correct = ops.cast(ops.equal(ops.argmax(logits, axis=-1), labels), logits.dtype)
+    correct = ops.cast(ops.equal(_argmax(logits), labels), logits.dtype)
     return TokenSums(*(ops.sum(each * weights) for each in (objectives, losses, correct)), ops.sum(weights))
+
+
+def _argmax(logits):
+    """The place of the highest logit; the first one of several."""
+    if keras.backend.backend() == "tensorflow":  # where Keras looks for negative zeros first, in six passes
+        return tf.argmax(logits, axis=-1, output_type=tf.int32)
+    return ops.argmax(logits, axis=-1)
 
 
 def next_token_loss(logits, labels, weights):

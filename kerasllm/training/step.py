@@ -419,7 +419,6 @@ class TokenTraining(Training):
         return tf.reduce_sum(tf.cast(sample_weight, self._sum_dtype))
 
     def _differentiate(self, x, y, sample_weight, variables, scale):
-        zero = tf.UnconnectedGradients.ZERO
         logits = None
         with tf.GradientTape() as tape:
             hidden = self._hidden(x, training=True)
@@ -428,7 +427,7 @@ class TokenTraining(Training):
                 sums = token_sums(logits, y, sample_weight, **self._loss_options)
                 target = sums.objective * tf.cast(scale, sums.objective.dtype)
         if logits is not None:
-            gradients = tape.gradient(target, variables, unconnected_gradients=zero)
+            gradients = tape.gradient(target, variables)
         else:
             sums, to_hidden, of_head = chunked_token_loss(
                 hidden,
@@ -440,11 +439,9 @@ class TokenTraining(Training):
                 self.model.config.vocabulary_size,
                 **self._loss_options,
             )
-            gradients = tape.gradient(
-                hidden, variables, output_gradients=to_hidden, unconnected_gradients=zero
-            )
+            gradients = tape.gradient(hidden, variables, output_gradients=to_hidden)
             gradients = _add(gradients, of_head)
-        return self._part(sums, logits), dense(gradients)
+        return self._part(sums, logits), dense(gradients, variables)
 
     def _measure(self, x, y, sample_weight):
         hidden = self._hidden(x, training=False)
@@ -479,17 +476,26 @@ def _sum_over_replicas(values):
 
 
 def _add(gradients: list, others: list) -> list:
-    """Dense sums of gradients, where None stands for zero."""
-    return [old if new is None else old + new for old, new in zip(dense(gradients), others, strict=True)]
+    """Sums of gradients, where None stands for zero."""
+
+    def add(old, new):
+        if old is None or new is None:
+            return new if old is None else old
+        return tf.convert_to_tensor(old) + new
+
+    return [add(*pair) for pair in zip(gradients, others, strict=True)]
 
 
-def dense(gradients: list) -> list:
-    """Returns gradients as dense tensors.
+def dense(gradients: list, variables: list) -> list:
+    """Returns gradients as dense tensors; zeros for a variable that has none.
 
     TensorFlow hands out the gradient of a lookup as rows that may repeat, and an optimizer or a norm over
     those rows counts a repeated row wrongly.
     """
-    return [tf.convert_to_tensor(gradient) for gradient in gradients]
+    return [
+        tf.zeros(variable.shape, variable.dtype) if gradient is None else tf.convert_to_tensor(gradient)
+        for gradient, variable in zip(gradients, variables, strict=True)
+    ]
 
 
 def _check_compile(strategy, optimizer, microbatches, seed, remat, kwargs) -> None:
