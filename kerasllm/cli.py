@@ -256,6 +256,8 @@ def _train(arguments) -> int:
     if run.objective_name == "masked_lm":
         mask = result.model.tokenizer.mask_token
         print(f'next: kerasllm fill-mask {run.output} "… {mask} …"')
+    elif run.objective_name == "classification":
+        print(f'next: kerasllm classify {run.output} "…"')
     else:
         print(f'next: kerasllm generate {run.output} "…"')
     return 0

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jsonargparse
 import yaml
@@ -37,7 +37,9 @@ class DataSettings:
     """The texts to train on.
 
     Args:
-        paths: Text files and folders; null: stories made by the library itself.
+        paths: Text files and folders; null: stories made by the library itself. `prefix_lm` and
+            `classification` need JSON lines, with the texts `prompt` and `completion`, or `text` and
+            `label`.
         stories: Number of those stories.
         validation_fraction: Part of the documents that is kept for validation.
     """
@@ -58,24 +60,30 @@ class DataSettings:
 class ObjectiveSettings:
     """What the model learns.
 
-    What follows from the family: GPT-2 and Llama learn the next token (`causal_lm`), BERT the tokens that
-    were hidden (`masked_lm`), T5 the spans that were cut out (`span_corruption`). A setting of another
-    objective is an error; null is the usual value.
+    A setting of another objective is an error; null is the usual value.
 
     Args:
+        kind: null follows from the family: GPT-2 and Llama learn the next token (`causal_lm`), BERT the
+            tokens that were hidden (`masked_lm`), T5 the spans that were cut out (`span_corruption`).
+            `prefix_lm`: GPT-2 and Llama learn the completions of prompts; `classification`: all but T5
+            learn the labels of texts.
         packing: For `causal_lm`: documents end to end, cut into `windows` (null), or `segments`: whole
             documents side by side, none of which sees another.
         mask_rate: For `masked_lm`: part of the tokens that are to be found again; null: 0.15.
         whole_words: For `masked_lm`: whether all tokens of a word are hidden together; null: false.
         noise_rate: For `span_corruption`: part of the tokens that is cut out; null: 0.15.
         mean_span_length: For `span_corruption`: tokens of a span, on average; null: 3.
+        too_long: For `prefix_lm`: what becomes of pairs that are longer than a sequence, `drop` or `error`
+            (null).
     """
 
+    kind: Literal["causal_lm", "prefix_lm", "masked_lm", "span_corruption", "classification"] | None = None
     packing: Literal["windows", "segments"] | None = None
     mask_rate: float | None = None
     whole_words: bool | None = None
     noise_rate: float | None = None
     mean_span_length: float | None = None
+    too_long: Literal["error", "drop"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +107,7 @@ class TrainingSettings:
         precision: Keras dtype policy.
         jit_compile: Whether XLA compiles the step.
         microbatches: Parts in which each replica computes its share of a batch, to save memory.
+        shard_optimizer: Whether the replicas share the state of adamw or lion.
         remat: What is computed again to save memory: `cheap` (norms, activations, attention weights) or
             `blocks` (all inside of the blocks); null: nothing.
         strategy: Where it is computed: `one` device, all GPUs of this machine (`mirrored`), the workers
@@ -121,6 +130,7 @@ class TrainingSettings:
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     jit_compile: bool = True
     microbatches: int = 1
+    shard_optimizer: bool = False
     remat: Literal["cheap", "blocks"] | None = None
     strategy: Literal["auto", "one", "mirrored", "multi_worker", "tpu"] = "auto"
     save_every: int | None = None
@@ -132,6 +142,10 @@ class TrainingSettings:
             raise ValueError(
                 "`beta_2` is for adamw and lion. "
                 f"Received: beta_2={self.beta_2}, optimizer={self.optimizer}"
+            )
+        if self.shard_optimizer and self.optimizer not in ("adamw", "lion"):
+            raise ValueError(
+                f"`shard_optimizer` is for adamw and lion. Received: optimizer={self.optimizer}"
             )
         if self.save_every is not None:
             _at_least(self, 1, "save_every")
@@ -173,12 +187,33 @@ class LoggingSettings:
             raise ValueError(f"`peak_flops` must be above 0. Received: peak_flops={self.peak_flops}")
 
 
-# By the head of a family: its objective, the settings of that, and the tokenizers that serve it, the usual
-# one first.
+class _Objective(NamedTuple):
+    """What an objective needs.
+
+    Attributes:
+        head: Of the model.
+        settings: Those that are its own.
+        fields: Of a document, where it has several parts.
+    """
+
+    head: str
+    settings: tuple[str, ...]
+    fields: tuple[str, ...] = ()
+
+
+# The first one with the first head of a family is that family's own.
 _OBJECTIVES = {
-    "causal_lm": ("causal_lm", ("packing",), ("byte_bpe", "word", "character")),
-    "masked_lm": ("masked_lm", ("mask_rate", "whole_words"), ("wordpiece",)),
-    "seq2seq": ("span_corruption", ("noise_rate", "mean_span_length"), ("sentencepiece",)),
+    "causal_lm": _Objective("causal_lm", ("packing",)),
+    "prefix_lm": _Objective("causal_lm", ("too_long",), ("prompt", "completion")),
+    "masked_lm": _Objective("masked_lm", ("mask_rate", "whole_words")),
+    "span_corruption": _Objective("seq2seq", ("noise_rate", "mean_span_length")),
+    "classification": _Objective("classifier", (), ("text", "label")),
+}
+# By the first head of a family: the tokenizers that serve it, the usual one first.
+_TOKENIZERS = {
+    "causal_lm": ("byte_bpe", "word", "character"),
+    "masked_lm": ("wordpiece",),
+    "seq2seq": ("sentencepiece",),
 }
 
 
@@ -212,12 +247,23 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self):
-        name, own, kinds = _OBJECTIVES[MODELS[self.family].heads[0]]
+        name, heads = self.objective_name, MODELS[self.family].heads
+        if self.head not in heads:
+            allowed = [name for name, objective in _OBJECTIVES.items() if objective.head in heads]
+            raise ValueError(
+                f"The objective of {self.family!r} must be one of {allowed}. Received: kind={name!r}"
+            )
+        own, kinds = _OBJECTIVES[name].settings, _TOKENIZERS[heads[0]]
         given = {key for key, value in dataclasses.asdict(self.objective).items() if value is not None}
-        if other := sorted(given - set(own)):
+        if other := sorted(given - {"kind", *own}):
             raise ValueError(
                 f"The objective of {self.family!r} is {name!r}, with the settings {list(own)}. "
                 f"Received: {other}"
+            )
+        if self.fields and self.data.paths is None:
+            raise ValueError(
+                f"The objective {name!r} needs `data.paths`: JSON lines with {list(self.fields)}. "
+                "Received: none"
             )
         if self.tokenizer.kind is None:
             tokenizer = dataclasses.replace(self.tokenizer, kind=kinds[0])
@@ -230,8 +276,20 @@ class RunConfig:
 
     @property
     def objective_name(self) -> str:
-        """What is learnt: `causal_lm`, `masked_lm` or `span_corruption`."""
-        return _OBJECTIVES[MODELS[self.family].heads[0]][0]
+        """What is learnt: `objective.kind`, or what the family is for."""
+        own = MODELS[self.family].heads[0]
+        usual = next(name for name, objective in _OBJECTIVES.items() if objective.head == own)
+        return self.objective.kind or usual
+
+    @property
+    def head(self) -> str:
+        """The head of the model that learns it."""
+        return _OBJECTIVES[self.objective_name].head
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The parts of a document; none where it is one text."""
+        return _OBJECTIVES[self.objective_name].fields
 
 
 _SECTIONS = {

@@ -36,7 +36,8 @@ def test_every_config_builds_its_model_and_names_its_command(path):
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith(f"# kerasllm train --config configs/{path.name}")
     run = load_run_config(path)
-    assert run.output == f"runs/{'_'.join(path.stem.split('_')[:2])}" or "characters" in path.stem
+    usual = path.stem.removesuffix("_pretrain")
+    assert run.output == f"runs/{usual}" or "characters" in path.stem
     assert run.training.sequence_length <= run.model.context_length
     rows, parts = run.training.batch_size, run.training.microbatches
     assert rows % parts == 0
@@ -79,6 +80,24 @@ def test_the_family_says_what_is_learnt(family, objective, kind):
     with pytest.raises(ValueError, match=rf"objective '{objective}' must be one of \['{kind}'"):
         other = "byte_bpe" if kind != "byte_bpe" else "wordpiece"
         load_run_config(None, ["output=x", f"family={family}", f"tokenizer.kind={other}"])
+
+
+def test_what_is_learnt_may_be_chosen():
+    paths = ["output=x", "data.paths=records.jsonl"]
+    run = load_run_config(None, [*paths, "objective.kind=prefix_lm", "objective.too_long=drop"])
+    assert (run.head, run.fields, run.tokenizer.kind) == ("causal_lm", ("prompt", "completion"), "byte_bpe")
+    run = load_run_config(None, [*paths, "objective.kind=classification", "family=bert"])
+    assert (run.head, run.fields, run.tokenizer.kind) == ("classifier", ("text", "label"), "wordpiece")
+    with pytest.raises(ValueError, match=r"'t5' must be one of \['span_corruption'\].*'classification'"):
+        load_run_config(None, [*paths, "objective.kind=classification", "family=t5"])
+    with pytest.raises(ValueError, match=r"needs `data.paths`: JSON lines with \['prompt', 'completion'\]"):
+        load_run_config(None, ["output=x", "objective.kind=prefix_lm"])
+    with pytest.raises(ValueError, match=r"is 'prefix_lm', .* Received: \['packing'\]"):
+        load_run_config(None, [*paths, "objective.kind=prefix_lm", "objective.packing=segments"])
+    shared = [*paths, "training.shard_optimizer=true"]
+    assert load_run_config(None, shared).training.shard_optimizer
+    with pytest.raises(ValueError, match="`shard_optimizer` is for adamw and lion"):
+        load_run_config(None, [*shared, "training.optimizer=muon"])
 
 
 def test_overrides_go_before_the_file(tmp_path):

@@ -7,7 +7,7 @@ from kerasllm.data.packing import language_model_dataset, windows_dataset
 from kerasllm.data.padding import padded_batches
 from kerasllm.data.prefix import prefix_lm_dataset
 from kerasllm.data.segments import packed_dataset
-from kerasllm.data.sources import read_documents, split_documents
+from kerasllm.data.sources import read_documents, read_records, split_documents
 from kerasllm.data.span_corruption import span_corruption_dataset
 from kerasllm.data.stories import generate_stories
 from kerasllm.data.tokens import tokenize_documents
@@ -22,6 +22,7 @@ __all__ = [
     "padded_batches",
     "prefix_lm_dataset",
     "read_documents",
+    "read_records",
     "span_corruption_dataset",
     "split_documents",
     "tokenize_documents",

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -32,20 +33,42 @@ def read_documents(paths: str | os.PathLike | list[str | os.PathLike], field: st
         FileNotFoundError: a path does not exist, or a folder holds no such file.
         ValueError: a file is empty, is no UTF-8 text, or has a malformed JSON line.
     """
-    if isinstance(paths, (str, os.PathLike)):
-        paths = [paths]
-    if not paths:
-        raise ValueError(f"`paths` must name at least one file or folder. Received: paths={paths}")
     documents = []
-    for path in map(Path, paths):
-        for file in _list_text_files(path) if path.is_dir() else [path]:
-            documents.extend(_read_file(file, field))
+    for file in _list_files(paths, (*_TEXT_SUFFIXES, _JSON_LINES_SUFFIX)):
+        documents.extend(_read_file(file, field))
     return documents
 
 
+def read_records(
+    paths: str | os.PathLike | list[str | os.PathLike], fields: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """Reads several texts from each line of JSON Lines files, such as prompts and their completions.
+
+    Args:
+        paths: as in `read_documents`; of a folder, the `.jsonl` files are read.
+        fields: names of the texts in the objects.
+
+    Returns:
+        For each line its texts, in the order of `fields`.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or a folder holds no such file.
+        ValueError: a file is empty, no `.jsonl` file, or has a malformed line.
+    """
+    records = []
+    for file in _list_files(paths, (_JSON_LINES_SUFFIX,)):
+        if file.suffix.lower() != _JSON_LINES_SUFFIX:
+            raise ValueError(f"a file with {list(fields)} must be a .jsonl file. Received: {file}")
+        found = _parse_json_lines(_decode(file.read_bytes(), file), file, fields)
+        if not found:
+            raise ValueError(f"a .jsonl file must hold lines. Received: {file}, which is empty")
+        records.extend(found)
+    return records
+
+
 def split_documents(
-    documents: list[str], validation_fraction: float = 0.1, seed: int = 0
-) -> tuple[list[str], list[str]]:
+    documents: Sequence[str] | Sequence[tuple[str, ...]], validation_fraction: float = 0.1, seed: int = 0
+) -> tuple[list, list]:
     """Splits documents at random into training and validation; both keep the given order.
 
     A single document is cut once instead: its last part, about `validation_fraction` of its
@@ -53,7 +76,7 @@ def split_documents(
     place, else at the nearest line border, else at the nearest space.
 
     Args:
-        documents: texts; at least one.
+        documents: texts, or tuples of texts, of which there must be two; at least one.
         validation_fraction: share of the documents for validation, between 0 and 1 (exclusive).
             At least one document goes to either side.
         seed: chooses the validation documents.
@@ -72,8 +95,10 @@ def split_documents(
         )
     if not documents:
         raise ValueError("`documents` must hold at least one document. Received: none")
-    if len(documents) == 1:
+    if len(documents) == 1 and isinstance(documents[0], str):
         return _cut_document(documents[0], validation_fraction)
+    if len(documents) == 1:
+        raise ValueError(f"there must be two records at least. Received: {documents}")
     count = round(len(documents) * validation_fraction)
     count = min(max(count, 1), len(documents) - 1)
     validation = set(random.Random(seed).sample(range(len(documents)), count))
@@ -83,8 +108,19 @@ def split_documents(
     )
 
 
-def _list_text_files(folder: Path) -> list[Path]:
-    suffixes = (*_TEXT_SUFFIXES, _JSON_LINES_SUFFIX)
+def _list_files(
+    paths: str | os.PathLike | list[str | os.PathLike], suffixes: tuple[str, ...]
+) -> Iterator[Path]:
+    """The files that are named, and those of folders that have one of the suffixes."""
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    if not paths:
+        raise ValueError(f"`paths` must name at least one file or folder. Received: paths={paths}")
+    for path in map(Path, paths):
+        yield from _list_folder(path, suffixes) if path.is_dir() else [path]
+
+
+def _list_folder(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     files = sorted(
         path
         for path in folder.rglob("*")
@@ -103,7 +139,7 @@ def _list_text_files(folder: Path) -> list[Path]:
 def _read_file(path: Path, field: str) -> list[str]:
     text = _decode(path.read_bytes(), path)
     if path.suffix.lower() == _JSON_LINES_SUFFIX:
-        documents = _parse_json_lines(text, path, field)
+        documents = [document for (document,) in _parse_json_lines(text, path, [field])]
     elif END_OF_TEXT in text:
         documents = [part.strip() for part in text.split(END_OF_TEXT)]
         documents = [document for document in documents if document]
@@ -131,9 +167,10 @@ def _decode(content: bytes, path: Path) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _parse_json_lines(text: str, path: Path, field: str) -> list[str]:
-    rule = f'a line of a .jsonl file must be a JSON object with a non-empty string "{field}"'
-    documents = []
+def _parse_json_lines(text: str, path: Path, fields: Sequence[str]) -> list[tuple[str, ...]]:
+    names = " and ".join(f'"{field}"' for field in fields)
+    rule = f"a line of a .jsonl file must be a JSON object with a non-empty string {names}"
+    records = []
     # Not splitlines(): JSON strings may hold characters such as U+2028 that it cuts at.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -142,14 +179,14 @@ def _parse_json_lines(text: str, path: Path, field: str) -> list[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{rule}. Received: {path}:{number}: no JSON: {error}") from error
-        document = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(document, str) or not document.strip():
+        texts = [record.get(field) for field in fields] if isinstance(record, dict) else [None]
+        if not all(isinstance(each, str) and each.strip() for each in texts):
             raise ValueError(f"{rule}. Received: {path}:{number}: {line[:80]}")
         # JSON can escape what a text file may not hold.
-        if re.search("[\0\ud800-\udfff]", document):
+        if any(re.search("[\0\ud800-\udfff]", each) for each in texts):
             raise ValueError(f"{rule} without NUL and lone surrogate characters. Received: {path}:{number}")
-        documents.append(document)
-    return documents
+        records.append(tuple(texts))
+    return records
 
 
 def _cut_document(document: str, validation_fraction: float) -> tuple[list[str], list[str]]:

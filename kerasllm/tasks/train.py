@@ -19,7 +19,10 @@ from kerasllm.data import (
     generate_stories,
     masked_lm_dataset,
     packed_dataset,
+    padded_batches,
+    prefix_lm_dataset,
     read_documents,
+    read_records,
     span_corruption_dataset,
     split_documents,
     tokenize_documents,
@@ -27,11 +30,13 @@ from kerasllm.data import (
 )
 from kerasllm.evaluation import ngram_perplexity
 from kerasllm.files import write_json
-from kerasllm.models import MODELS, LanguageModel
+from kerasllm.models import MODELS, LanguageModel, ModelConfig
 from kerasllm.tasks.base import Task
 from kerasllm.tasks.causal_lm import CausalLM
 from kerasllm.tasks.masked_lm import MaskedLM
 from kerasllm.tasks.seq2seq_lm import Seq2SeqLM
+from kerasllm.tasks.sequence_classifier import SequenceClassifier
+from kerasllm.tasks.texts import encode_texts
 from kerasllm.tokenizers import Tokenizer, train_tokenizer
 from kerasllm.training import (
     Checkpoints,
@@ -49,8 +54,10 @@ from kerasllm.version import __version__
 
 _TASKS: dict[str, type[Task]] = {
     "causal_lm": CausalLM,
+    "prefix_lm": CausalLM,
     "masked_lm": MaskedLM,
     "span_corruption": Seq2SeqLM,
+    "classification": SequenceClassifier,
 }
 # Batches whose tokens are counted where rows are filled up.
 _COUNTED_BATCHES = 10
@@ -64,18 +71,18 @@ class TrainingResult(NamedTuple):
     Attributes:
         model: The trained model.
         progress: The losses, and a method that plots them.
-        perplexity: Of the validation texts; of the masked tokens, or of the targets, where the objective
-            has such.
+        perplexity: Of the validation texts; of the masked tokens, the targets, the completions or the
+            labels, where the objective has such.
         baselines: Perplexities of a unigram and a bigram model on the same tokens; empty where not all
             tokens are predicted.
-        validation: The validation texts.
+        validation: The validation texts; with their completions or labels, where there are such.
     """
 
     model: Task
     progress: TrainingProgress
     perplexity: float
     baselines: dict[str, float]
-    validation: list[str]
+    validation: list[str] | list[tuple[str, str]]
 
 
 class _Data(NamedTuple):
@@ -124,16 +131,25 @@ def train(
         )
     if run.data.paths is None:
         documents = generate_stories(run.data.stories, run.seed)
+    elif run.fields:
+        documents = read_records(run.data.paths, run.fields)
     else:
         documents = read_documents(run.data.paths)
     training, validation = split_documents(documents, run.data.validation_fraction, run.seed)
-    tokenizer = train_tokenizer(run.tokenizer.kind, training, run.tokenizer.vocabulary_size)
-    model_config = dataclasses.replace(run.model, vocabulary_size=tokenizer.vocabulary_size)
+    model_config, texts = run.model, training
+    if run.objective_name == "prefix_lm":
+        texts = [text for pair in training for text in pair]
+    elif run.objective_name == "classification":
+        texts = [text for text, _ in training]
+        labels = tuple(sorted({label for _, label in documents}))
+        model_config = dataclasses.replace(model_config, labels=labels)
+    tokenizer = train_tokenizer(run.tokenizer.kind, texts, run.tokenizer.vocabulary_size)
+    model_config = dataclasses.replace(model_config, vocabulary_size=tokenizer.vocabulary_size)
     prompts = _choose_prompts(run, tokenizer, validation)
-    data = _DATA[run.objective_name](run, tokenizer, training, validation)
+    data = _DATA[run.objective_name](run, model_config, tokenizer, training, validation)
 
     with strategy.scope():
-        network = MODELS[run.family](model_config, dtype=settings.precision)
+        network = MODELS[run.family](model_config, run.head, dtype=settings.precision)
         model = _TASKS[run.objective_name](network, tokenizer)
         model.compile(
             make_optimizer(
@@ -143,7 +159,7 @@ def train(
                 ),
                 settings.weight_decay,
                 skip_above=settings.skip_above,
-                **({} if settings.beta_2 is None else {"beta_2": settings.beta_2}),
+                **_given(beta_2=settings.beta_2, shard_state=settings.shard_optimizer or None),
             ),
             jit_compile=settings.jit_compile,
             microbatches=settings.microbatches,
@@ -197,14 +213,14 @@ def train(
     if progress.validation_losses:
         perplexity = math.exp(progress.validation_losses[-1][1])
     else:
-        perplexity = model.evaluate(data.validation, verbose=0)["perplexity"]
+        perplexity = math.exp(model.evaluate(data.validation, verbose=0)["loss"])
     return TrainingResult(model, progress, perplexity, data.baselines, validation)
 
 
 # Objectives: each makes the batches.
 
 
-def _causal_data(run: RunConfig, tokenizer: Tokenizer, training: list[str], validation: list[str]) -> _Data:
+def _causal_data(run: RunConfig, _, tokenizer: Tokenizer, training: list, validation: list) -> _Data:
     length, rows = run.training.sequence_length, run.training.batch_size
     train_ids, train_lengths = tokenize_documents(training, tokenizer)
     validation_ids, validation_lengths = tokenize_documents(validation, tokenizer)
@@ -222,16 +238,42 @@ def _causal_data(run: RunConfig, tokenizer: Tokenizer, training: list[str], vali
     return _Data(batches, validation_batches, baselines)
 
 
-def _masked_data(run: RunConfig, tokenizer: Tokenizer, training: list[str], validation: list[str]) -> _Data:
+def _masked_data(run: RunConfig, _, tokenizer: Tokenizer, training: list, validation: list) -> _Data:
     options = _given(mask_rate=run.objective.mask_rate, whole_words=run.objective.whole_words)
     return _drawn_data(masked_lm_dataset, "new_masks", run, tokenizer, training, validation, options)
 
 
-def _span_data(run: RunConfig, tokenizer: Tokenizer, training: list[str], validation: list[str]) -> _Data:
+def _span_data(run: RunConfig, _, tokenizer: Tokenizer, training: list, validation: list) -> _Data:
     objective = run.objective
     options = _given(noise_rate=objective.noise_rate, mean_span_length=objective.mean_span_length)
     options["decoder_start_id"] = run.model.decoder_start_id
     return _drawn_data(span_corruption_dataset, "new_spans", run, tokenizer, training, validation, options)
+
+
+def _prefix_data(run: RunConfig, _, tokenizer: Tokenizer, training: list, validation: list) -> _Data:
+    options = {"seed": run.seed, **_given(too_long=run.objective.too_long)}
+    sizes = (run.training.sequence_length, run.training.batch_size)
+    batches = prefix_lm_dataset(training, tokenizer, *sizes, shuffle=True, repeat=True, **options)
+    return _Data(batches, prefix_lm_dataset(validation, tokenizer, *sizes, **options), {})
+
+
+def _labelled_data(
+    run: RunConfig, config: ModelConfig, tokenizer: Tokenizer, training: list, validation: list
+) -> _Data:
+    length, rows = run.training.sequence_length, run.training.batch_size
+
+    def make(records, **options):
+        inputs = [
+            {"token_ids": ids, "attention_mask": np.ones(len(ids), "int32")}
+            for ids, _ in encode_texts(tokenizer, [text for text, _ in records], length)
+        ]
+        numbers = [config.labels.index(label) for _, label in records]
+        # One length, for which XLA compiles once.
+        padding = {"token_ids": tokenizer.pad_id or 0}
+        return padded_batches(inputs, numbers, rows, pad_values=padding, buckets=[length], **options)
+
+    shuffled = {"shuffle": True, "seed": run.seed, "repeat": True, "drop_remainder": True}
+    return _Data(make(training, **shuffled), make(validation), {})
 
 
 def _drawn_data(make: Callable, new_draws: str, run, tokenizer, training, validation, options) -> _Data:
@@ -242,7 +284,13 @@ def _drawn_data(make: Callable, new_draws: str, run, tokenizer, training, valida
     return _Data(batches, validation_batches, {})
 
 
-_DATA = {"causal_lm": _causal_data, "masked_lm": _masked_data, "span_corruption": _span_data}
+_DATA = {
+    "causal_lm": _causal_data,
+    "prefix_lm": _prefix_data,
+    "masked_lm": _masked_data,
+    "span_corruption": _span_data,
+    "classification": _labelled_data,
+}
 
 
 def _given(**options):
@@ -251,14 +299,14 @@ def _given(**options):
 
 def _size_of_step(batches: tf.data.Dataset, model: LanguageModel) -> tuple[float, int]:
     """The tokens of a batch, on average and without what fills rows up; and the FLOPs of an update."""
-    inputs, labels, _ = batches.element_spec
-    rows, length = labels.shape
-    if not isinstance(inputs, dict):
-        return float(rows * length), rows * training_flops(model, length)
+    inputs, labels, *_ = batches.element_spec
+    rows, length = (inputs["token_ids"] if isinstance(inputs, dict) else inputs).shape
     counts = []
-    for inputs, _, weights in batches.take(_COUNTED_BATCHES).as_numpy_iterator():
-        if "memory_mask" in inputs:
-            counts.append(inputs["memory_mask"].sum() + weights.sum())
+    for inputs, _, *weights in batches.take(_COUNTED_BATCHES).as_numpy_iterator():
+        if not isinstance(inputs, dict):  # a row ends with a token that is learnt
+            counts.append((weights[0][:, ::-1].cumsum(axis=1) > 0).sum())
+        elif "memory_mask" in inputs:
+            counts.append(inputs["memory_mask"].sum() + weights[0].sum())
         else:
             counts.append(np.count_nonzero(inputs.get("attention_mask", weights)))
     source = inputs["source_ids"].shape[1] if "source_ids" in inputs else None
@@ -268,7 +316,7 @@ def _size_of_step(batches: tf.data.Dataset, model: LanguageModel) -> tuple[float
 # Samples
 
 
-def _choose_prompts(run: RunConfig, tokenizer: Tokenizer, validation: list[str]) -> list[str]:
+def _choose_prompts(run: RunConfig, tokenizer: Tokenizer, validation: list) -> list[str]:
     """What the model is asked to go on from while it is trained."""
     room = run.model.context_length // 2
     if run.logging.prompts is not None:
@@ -285,7 +333,12 @@ def _choose_prompts(run: RunConfig, tokenizer: Tokenizer, validation: list[str])
                 )
         return list(run.logging.prompts)
     prompts = []
-    for text in itertools.islice(validation, 10 * _SAMPLES):
+    texts = [document[0] for document in validation] if run.fields else validation
+    for text in itertools.islice(texts, 10 * _SAMPLES):
+        if run.fields:
+            if 0 < len(tokenizer.encode(text, add_special_tokens=True)) <= room:
+                prompts.append(text)
+            continue
         words = text.split()[:_SAMPLE_WORDS]
         while words and len(tokenizer.encode(" ".join(words), add_special_tokens=True)) > room:
             words.pop()
@@ -322,7 +375,17 @@ def _writer(run: RunConfig) -> Callable[[Task, Sequence[str]], list[str]]:
         # The sentinels tell which span is which.
         return [tokenizer.decode(each.token_ids, skip_special_tokens=False) for each in completions]
 
-    return {"causal_lm": go_on, "masked_lm": fill_masks, "span_corruption": fill_spans}[run.objective_name]
+    def classify(model, prompts):
+        found = model.classify(list(prompts), top_k=3)
+        return [", ".join(f"{each['label']} {each['score']:.2f}" for each in row) for row in found]
+
+    return {
+        "causal_lm": go_on,
+        "prefix_lm": go_on,
+        "masked_lm": fill_masks,
+        "span_corruption": fill_spans,
+        "classification": classify,
+    }[run.objective_name]
 
 
 def train_to_folder(run: RunConfig) -> TrainingResult:
@@ -365,6 +428,7 @@ def _check_same_run(run: RunConfig, path: pathlib.Path) -> None:
     settings = json.loads(json.dumps({**dataclasses.asdict(run), "kerasllm": __version__}))
     # A run may move, be spread otherwise, and show other things.
     del settings["output"], settings["training"]["strategy"], settings["logging"]
+    del settings["training"]["shard_optimizer"]
     if not path.exists():
         write_json(path, settings)
         return

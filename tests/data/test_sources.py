@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kerasllm.data.sources import read_documents, split_documents
+from kerasllm.data.sources import read_documents, read_records, split_documents
 
 
 def write(path, content):
@@ -142,3 +142,26 @@ def test_bad_fractions_are_refused(fraction):
 def test_no_documents_are_refused():
     with pytest.raises(ValueError, match="at least one document"):
         split_documents([])
+
+
+def test_records_are_the_texts_of_each_line(tmp_path):
+    lines = [
+        '{"prompt": "a", "completion": " b", "more": 1}',
+        "",
+        '{"prompt": "c\\u2028", "completion": "d"}',
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("no pairs", encoding="utf-8")
+    fields = ("prompt", "completion")
+    assert read_records(tmp_path, fields) == [("a", " b"), ("c\u2028", "d")]
+    assert read_records(tmp_path / "pairs.jsonl", ["completion"]) == [(" b",), ("d",)]
+    with pytest.raises(
+        ValueError, match=r'non-empty string "prompt" and "label". Received: .*pairs.jsonl:1'
+    ):
+        read_records(tmp_path, ("prompt", "label"))
+    with pytest.raises(ValueError, match="must be a .jsonl file. Received: .*notes.txt"):
+        read_records(tmp_path / "notes.txt", fields)
+    training, validation = split_documents([("a", "b"), ("c", "d"), ("e", "f")], 0.4)
+    assert len(training) == 2 and len(validation) == 1
+    with pytest.raises(ValueError, match="two records"):
+        split_documents([("a", "b")])

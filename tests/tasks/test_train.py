@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kerasllm.config import load_run_config
-from kerasllm.tasks import CausalLM, MaskedLM, Seq2SeqLM
+from kerasllm.tasks import CausalLM, MaskedLM, Seq2SeqLM, SequenceClassifier
 from kerasllm.tasks.train import train, train_to_folder
 from kerasllm.training import TrainingProgress, training_flops
 
@@ -108,6 +108,51 @@ def test_each_family_learns_what_it_is_for(tmp_path, family, task, prompts):
         # Of 32 tokens 5 in 2 spans: 27 + 2 + 1 in the source, 5 + 2 + 1 in the target.
         assert throughput.tokens_per_step == 8 * (30 + 8)
         assert throughput.flops_per_step == 8 * training_flops(network, 8, 30)
+
+
+COLOURS = {"red": "fire", "green": "grass", "blue": "water", "grey": "ash"}
+
+
+def write_records(path, *names):
+    """Lines of which the second text follows from the first one."""
+    lines = []
+    for number in range(200):
+        colour = list(COLOURS)[number % 4]
+        text = f"The {('cat', 'dog', 'fox')[number % 3]} number {number} is {colour}"
+        second = {"completion": f" {COLOURS[colour]}, they say.", "label": colour}[names[1]]
+        lines.append(json.dumps({names[0]: text, names[1]: second}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_completions_of_prompts_are_learnt(tmp_path):
+    write_records(tmp_path / "pairs.jsonl", "prompt", "completion")
+    settings = [*SMALL, f"data.paths=[{tmp_path}]", f"output={tmp_path / 'run'}", "logging.prompts=null"]
+    settings += ["objective.kind=prefix_lm", "training.sequence_length=31", "tokenizer.kind=word"]
+    result = train_to_folder(load_run_config(None, settings))
+    assert result.perplexity < 1.1  # all of it follows from the prompt, whose numbers nobody could guess
+    model = CausalLM.load(tmp_path / "run")
+    for prompt, completion in result.validation[:3]:
+        assert model.generate(prompt, 10, temperature=0.0).strip() == completion.strip()
+    samples = [prompt for _, prompt, _ in result.progress.samples[-3:]]
+    assert samples == [prompt for prompt, _ in result.validation[:3]]
+    # Six tokens of a prompt and five of a completion are read; what fills rows up is none.
+    assert result.progress.throughput.tokens_per_step == 8 * (6 + 5)
+
+
+def test_labels_of_texts_are_learnt(tmp_path):
+    write_records(tmp_path / "texts.jsonl", "text", "label")
+    settings = [*settings_of("bert"), f"data.paths=[{tmp_path}]", f"output={tmp_path / 'run'}"]
+    settings = [each for each in settings if "whole_words" not in each and "prompts" not in each]
+    settings += ["objective.kind=classification", "tokenizer.vocabulary_size=200"]
+    settings += ["training.steps=150", "training.validate_every=150", "training.learning_rate=0.003"]
+    result = train_to_folder(load_run_config(None, settings))
+    model = SequenceClassifier.load(tmp_path / "run")
+    assert model.model.config.labels == tuple(sorted(COLOURS))
+    texts, labels = zip(*result.validation, strict=True)
+    found = [best["label"] for (best,) in model.classify(list(texts), top_k=1)]
+    assert np.mean(np.array(found) == labels) > 0.9
+    assert {text for _, text, _ in result.progress.samples} <= set(texts)
+    assert all(", " in scores for _, _, scores in result.progress.samples)
 
 
 class Interrupted(Exception):
