@@ -22,6 +22,7 @@ def batch_rows(
     repeat: bool,
     drop_remainder: bool,
     new_draws: bool = True,
+    passes: int | None = None,
 ) -> tf.data.Dataset:
     """Makes batches of rows of one shape.
 
@@ -36,6 +37,7 @@ def batch_rows(
         repeat: whether to go on without end. Batches then run over the end of a pass.
         drop_remainder: whether to leave out the last batch of a pass if it is short.
         new_draws: whether the seeds of rows are new ones in each pass.
+        passes: as in `for_each_pass`; each has a short last batch of its own.
 
     Returns:
         A dataset of batches. The batch size is static with `repeat` or `drop_remainder`.
@@ -71,36 +73,69 @@ def batch_rows(
         return tf.data.Dataset.from_tensor_slices((rows, seeds))
 
     make_row = tf.autograph.experimental.do_not_convert(make_row)
-    dataset = for_each_pass(rows_of_pass, seed, repeat).map(make_row, num_parallel_calls=tf.data.AUTOTUNE)
-    dataset = dataset.batch(batch_size, drop_remainder=repeat or drop_remainder)
+
+    def batch(rows: tf.data.Dataset) -> tf.data.Dataset:
+        rows = rows.map(make_row, num_parallel_calls=tf.data.AUTOTUNE)
+        return rows.batch(batch_size, drop_remainder=repeat or drop_remainder)
+
+    if repeat:
+        dataset = batch(for_each_pass(rows_of_pass, seed, repeat))
+    else:
+
+        @tf.autograph.experimental.do_not_convert
+        def batches_of_pass(pass_number: tf.Tensor) -> tf.data.Dataset:
+            return batch(rows_of_pass(pass_number))
+
+        dataset = for_each_pass(batches_of_pass, seed, repeat, passes)
     batch_count = shard_size // batch_size if drop_remainder else -(-shard_size // batch_size)
-    return finish_dataset(dataset, tf.data.INFINITE_CARDINALITY if repeat else batch_count, shard)
+    return finish_dataset(dataset, batch_count, shard, repeat, passes)
 
 
 def for_each_pass(
-    make_pass: Callable[[tf.Tensor], tf.data.Dataset], seed: int, repeat: bool
+    make_pass: Callable[[tf.Tensor], tf.data.Dataset], seed: int, repeat: bool, passes: int | None = None
 ) -> tf.data.Dataset:
     """Puts passes one behind the other.
 
     Args:
         make_pass: the number of a pass, an int64 → its dataset.
         seed: what the numbers follow from without `repeat`.
-        repeat: whether to go on without end, with the numbers 0, 1, 2. Otherwise there is one pass, of
-            another random number each time the dataset is iterated.
+        repeat: whether to go on without end, with the numbers 0, 1, 2.
+        passes: how many passes there are otherwise, with the same numbers. None: one, of another random
+            number each time the dataset is iterated.
 
     Returns:
         What the datasets of all passes hold.
+
+    Raises:
+        ValueError: `passes` is out of range, or given with `repeat`.
     """
+    if passes is not None and (repeat or passes < 1):
+        raise ValueError(
+            f"`passes` must be None or at least 1, without `repeat`. Received: {passes=}, {repeat=}"
+        )
     if repeat:
-        passes = tf.data.Dataset.counter()
+        numbers = tf.data.Dataset.counter()
+    elif passes is not None:
+        numbers = tf.data.Dataset.range(passes)
     else:
-        passes = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
-    return passes.flat_map(make_pass)
+        numbers = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
+    return numbers.flat_map(make_pass)
 
 
-def finish_dataset(dataset: tf.data.Dataset, batch_count: int, shard: tuple[int, int]) -> tf.data.Dataset:
-    """Tells a dataset how many batches it has and that it is a shard already, and reads ahead."""
-    dataset = dataset.apply(tf.data.experimental.assert_cardinality(batch_count))
+def finish_dataset(
+    dataset: tf.data.Dataset, batch_count: int, shard: tuple[int, int], repeat: bool, passes: int | None
+) -> tf.data.Dataset:
+    """Tells a dataset how many batches it has and that it is a shard already, and reads ahead.
+
+    Args:
+        dataset: the batches of all passes.
+        batch_count: how many a pass has.
+        shard: (index, count) of the part that it is.
+        repeat: as in `for_each_pass`.
+        passes: as in `for_each_pass`.
+    """
+    count = tf.data.INFINITE_CARDINALITY if repeat else batch_count * (passes or 1)
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(count))
     if shard[1] > 1:
         # A strategy must not shard again what is a shard already.
         options = tf.data.Options()

@@ -25,6 +25,7 @@ def masked_lm_dataset(
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
     repeat: bool = False,
+    passes: int | None = None,
     drop_remainder: bool = False,
 ) -> tf.data.Dataset:
     """Hides tokens of documents at random for a masked language model, as BERT does.
@@ -51,10 +52,12 @@ def masked_lm_dataset(
         new_masks: whether other tokens are selected in each pass. False is for validation.
         shuffle: whether rows come in random order, a new one in each pass: in each round of `repeat`, and
             otherwise each time the dataset is iterated.
-        seed: chooses masks and orders; with `repeat` they follow from it alone, without it also from
-            `tf.random.set_seed`.
+        seed: chooses masks and orders; with `repeat` or `passes` they follow from it alone, otherwise
+            also from `tf.random.set_seed`.
         shard: (index, count) of the part to return; rows are dealt out in turn.
         repeat: whether to go on without end. Batches then run over the end of a pass, and none is short.
+        passes: how many passes, the n-th in an order that follows from `seed` and n; None: one, in another
+            order each time the dataset is iterated.
         drop_remainder: whether to leave out the last batch of a pass if it is short.
 
     Returns:
@@ -123,6 +126,7 @@ def masked_lm_dataset(
         repeat=repeat,
         drop_remainder=drop_remainder,
         new_draws=new_masks,
+        passes=passes,
     )
 
 

@@ -29,6 +29,7 @@ def language_model_dataset(
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
     repeat: bool = False,
+    passes: int | None = None,
     drop_remainder: bool = False,
     score_overlap: bool = True,
 ) -> tf.data.Dataset:
@@ -48,6 +49,8 @@ def language_model_dataset(
         seed: chooses the random orders.
         shard: (index, count) of the part to return; windows are dealt out in turn.
         repeat: whether to go on without end.
+        passes: how many passes, the n-th in an order that follows from `seed` and n; None: one, in another
+            order each time the dataset is iterated.
         drop_remainder: whether to leave out the last batch of a pass if it is short.
         score_overlap: whether a token that was a label in the window before keeps its weight.
 
@@ -70,6 +73,7 @@ def language_model_dataset(
         seed=seed,
         shard=shard,
         repeat=repeat,
+        passes=passes,
         drop_remainder=drop_remainder,
         score_overlap=score_overlap,
     )
@@ -86,6 +90,7 @@ def windows_dataset(
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
     repeat: bool = False,
+    passes: int | None = None,
     drop_remainder: bool = False,
     score_overlap: bool = True,
 ) -> tf.data.Dataset:
@@ -98,8 +103,8 @@ def windows_dataset(
 
     Shuffling puts first the documents and then the windows of their stream into a random order,
     another one in each pass: in each round of `repeat`, and otherwise each time the dataset is
-    iterated, as every epoch of `model.fit` does. The orders follow from `seed` alone with `repeat`;
-    without it also from `tf.random.set_seed`, as usual in TensorFlow.
+    iterated, as every epoch of `model.fit` does. The orders follow from `seed` alone with `repeat`
+    or `passes`; without them also from `tf.random.set_seed`, as usual in TensorFlow.
 
     Sharding is by window: shard (i, n) gets every n-th window of the pass, beginning with the i-th.
     The n shards of one pass are disjoint and together are all windows, if all workers have the same
@@ -118,6 +123,8 @@ def windows_dataset(
         shard: (index, count) of the part to return.
         repeat: whether to go on without end. Batches then run over the end of a pass, and none is
             short.
+        passes: how many passes, the n-th in an order that follows from `seed` and n; None: one, in another
+            order each time the dataset is iterated.
         drop_remainder: whether to leave out the last batch of a pass if it is short; nothing else
             is left out.
         score_overlap: whether a token that was a label in the window before keeps its weight.
@@ -173,11 +180,11 @@ def windows_dataset(
         windows = tf.data.Dataset.from_tensor_slices(order[shard_index::shard_count])
         return windows.batch(batch_size).map(cut, num_parallel_calls=tf.data.AUTOTUNE)
 
-    dataset = for_each_pass(make_windows, seed, repeat)
+    dataset = for_each_pass(make_windows, seed, repeat, passes)
     if repeat or drop_remainder:
         dataset = dataset.rebatch(batch_size, drop_remainder=True)
     batch_count = shard_size // batch_size if drop_remainder else -(-shard_size // batch_size)
-    return finish_dataset(dataset, tf.data.INFINITE_CARDINALITY if repeat else batch_count, shard)
+    return finish_dataset(dataset, batch_count, shard, repeat, passes)
 
 
 def _count_windows(token_count: int, sequence_length: int, stride: int) -> int:

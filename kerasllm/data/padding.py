@@ -20,6 +20,7 @@ def padded_batches(
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
     repeat: bool = False,
+    passes: int | None = None,
     drop_remainder: bool = False,
 ) -> tf.data.Dataset:
     """Makes padded batches of encoded texts, such as those of a classifier.
@@ -38,10 +39,12 @@ def padded_batches(
         buckets: lengths that batches are padded to, in ascending order.
         shuffle: whether rows, and with buckets the batches, come in random order, a new one in each pass:
             in each round of `repeat`, and otherwise each time the dataset is iterated.
-        seed: chooses the random orders; with `repeat` they follow from it alone, without it also from
-            `tf.random.set_seed`.
+        seed: chooses the random orders; with `repeat` or `passes` they follow from it alone, otherwise
+            also from `tf.random.set_seed`.
         shard: (index, count) of the part to return; whole batches are dealt out in turn.
         repeat: whether to go on without end. One batch of each pass may be short.
+        passes: how many passes, the n-th in an order that follows from `seed` and n; None: one, in another
+            order each time the dataset is iterated.
         drop_remainder: whether to leave out the short batch of a pass. With buckets its rows are of the
             longest bucket; `shuffle` leaves out others each time.
 
@@ -118,8 +121,8 @@ def padded_batches(
         shard_numbers = tf.data.Dataset.from_tensor_slices(numbers[shard_index::shard_count])
         return shard_numbers.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE)
 
-    dataset = for_each_pass(batches_of_pass, seed, repeat)
-    return finish_dataset(dataset, tf.data.INFINITE_CARDINALITY if repeat else shard_size, shard)
+    dataset = for_each_pass(batches_of_pass, seed, repeat, passes)
+    return finish_dataset(dataset, shard_size, shard, repeat, passes)
 
 
 def _read_rows(rows: Sequence[Mapping[str, Sequence[int]]]) -> tuple[dict[str, np.ndarray], np.ndarray]:

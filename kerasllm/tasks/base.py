@@ -4,6 +4,7 @@ import os
 import pathlib
 import zipfile
 import zlib
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import keras
@@ -66,6 +67,11 @@ class Task(keras.Model):
             name = type(self).__name__
             raise ValueError(f"This needs a tokenizer, and the model has none: {name}(model, tokenizer).")
         return self.tokenizer
+
+    @staticmethod
+    def _arguments(inputs: Mapping[str, Any] | Any) -> Mapping[str, Any]:
+        """What the model takes, of token ids or of its arguments by name."""
+        return inputs if isinstance(inputs, Mapping) else {"token_ids": inputs}
 
     # Files
 

@@ -11,11 +11,10 @@ from keras import ops
 
 from kerasllm.data import language_model_dataset
 from kerasllm.export import export_litert, export_saved_model
-from kerasllm.tasks.base import require_tensorflow
+from kerasllm.tasks.base import Task, require_tensorflow
 from kerasllm.tasks.generation import GeneratingTask
 from kerasllm.tasks.texts import holds_texts
 from kerasllm.training import TokenTraining
-from kerasllm.training.checkpoint import check_order_is_kept
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
@@ -57,10 +56,7 @@ class CausalLM(TokenTraining, GeneratingTask):
 
     @staticmethod
     def _arguments(inputs) -> dict[str, Any]:
-        """What the model takes."""
-        if not isinstance(inputs, Mapping):
-            return {"token_ids": inputs}
-        inputs = dict(inputs)
+        inputs = dict(Task._arguments(inputs))
         segments = inputs.pop("segment_ids", None)
         if segments is not None:
             if "attention_mask" in inputs:
@@ -96,10 +92,13 @@ class CausalLM(TokenTraining, GeneratingTask):
             sizes = (batch_size, sequence_length) if holds_texts(validation) else (None, None)
             kwargs["validation_data"] = self._batches(validation, None, *sizes)
         shuffle = kwargs.pop("shuffle", None)
-        if holds_texts(x) and shuffle is not False:
-            check_order_is_kept(kwargs.get("callbacks"))
-        x = self._batches(x, y, batch_size, sequence_length, shuffle, default_shuffle=True)
-        return super().fit(x, shuffle=False, **kwargs)
+
+        def make_batches(**order):
+            return self._batches(x, y, batch_size, sequence_length, shuffle, in_training=True, **order)
+
+        if holds_texts(x):
+            return self._fit_texts(make_batches, **kwargs)
+        return super().fit(make_batches(), shuffle=False, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size: int | None = None, **kwargs):
         """Measures the loss per token and the perplexity; otherwise `keras.Model.evaluate`.
@@ -120,7 +119,7 @@ class CausalLM(TokenTraining, GeneratingTask):
         # Keras calls this from fit with batches and asks for what fit needs.
         return super().evaluate(self._batches(x, y, batch_size, sequence_length), **kwargs)
 
-    def _batches(self, x, y, batch_size, sequence_length, shuffle=None, default_shuffle=False):
+    def _batches(self, x, y, batch_size, sequence_length, shuffle=None, in_training=False, **order):
         """Turns texts into batches; leaves batches as they are."""
         if y is not None:
             raise ValueError("The labels are the tokens that follow; leave `y` out.")
@@ -130,7 +129,8 @@ class CausalLM(TokenTraining, GeneratingTask):
                 self._require_tokenizer(),
                 sequence_length or self.model.config.context_length,
                 batch_size or 32,
-                shuffle=default_shuffle if shuffle is None else shuffle,
+                shuffle=in_training if shuffle is None else shuffle,
+                **order,
             )
         if not isinstance(x, tf.data.Dataset):
             raise TypeError(
@@ -153,7 +153,7 @@ class CausalLM(TokenTraining, GeneratingTask):
                 f"A batch must be (token_ids, labels, weights). Received: {len(batch)} elements"
             )
         config = self.model.config
-        token_ids = batch[0]["token_ids"] if isinstance(batch[0], Mapping) else batch[0]
+        token_ids = self._arguments(batch[0])["token_ids"]
         rules = [
             (tf.shape(token_ids)[-1] <= config.context_length, ["A sequence must fit into the context"]),
             (tf.reduce_max(token_ids) < config.vocabulary_size, ["An id must be in the vocabulary"]),

@@ -11,7 +11,6 @@ from keras import ops
 from kerasllm.data import masked_lm_dataset
 from kerasllm.tasks.texts import TextTask, holds_texts
 from kerasllm.training import TokenTraining
-from kerasllm.training.checkpoint import check_order_is_kept
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
@@ -59,9 +58,13 @@ class MaskedLM(TokenTraining, TextTask):
         if (validation := kwargs.get("validation_data")) is not None:
             given = options if holds_texts(validation) else {}
             kwargs["validation_data"] = self._batches(validation, None, {**given, "shuffle": False})
+
+        def make_batches(**order):
+            return self._batches(x, y, {**options, **order}, in_training=True)
+
         if holds_texts(x):
-            check_order_is_kept(kwargs.get("callbacks"))
-        return super().fit(self._batches(x, y, options, in_training=True), shuffle=False, **kwargs)
+            return self._fit_texts(make_batches, **kwargs)
+        return super().fit(make_batches(), shuffle=False, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size: int | None = None, **kwargs):
         """Measures the loss per masked token, the perplexity and the accuracy.

@@ -7,12 +7,12 @@ import keras
 import tensorflow as tf
 
 from kerasllm.checkpoints import Checkpoint
+from kerasllm.data.batching import finish_dataset, for_each_pass, pass_seeds, shuffle_values
 from kerasllm.generation import GenerationConfig
 from kerasllm.models import LanguageModel
 from kerasllm.tasks.base import Task
 from kerasllm.tasks.generation import GeneratingTask
 from kerasllm.training import TokenTraining
-from kerasllm.training.checkpoint import check_order_is_kept
 
 # Sources are padded to a multiple of this, so that few lengths have to be compiled for.
 _SOURCE_BUCKET = 32
@@ -74,9 +74,13 @@ class Seq2SeqLM(TokenTraining, GeneratingTask):
         if (validation := kwargs.get("validation_data")) is not None:
             kwargs["validation_data"] = self._batches(validation, None, batch_size, shuffle=False)
         shuffle = kwargs.pop("shuffle", True)
-        if shuffle and not isinstance(x, tf.data.Dataset):
-            check_order_is_kept(kwargs.get("callbacks"))
-        return super().fit(self._batches(x, y, batch_size, shuffle), shuffle=False, **kwargs)
+
+        def make_batches(**order):
+            return self._batches(x, y, batch_size, shuffle, **order)
+
+        if isinstance(x, tf.data.Dataset):
+            return super().fit(make_batches(), shuffle=False, **kwargs)
+        return self._fit_texts(make_batches, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size: int | None = None, **kwargs):
         """Measures the loss per token of the targets and the perplexity.
@@ -95,7 +99,7 @@ class Seq2SeqLM(TokenTraining, GeneratingTask):
         kwargs.setdefault("return_dict", True)
         return super().evaluate(self._batches(x, y, batch_size, shuffle=False), **kwargs)
 
-    def _batches(self, x, y, batch_size, shuffle) -> tf.data.Dataset:
+    def _batches(self, x, y, batch_size, shuffle, seed=0, passes=None, repeat=False) -> tf.data.Dataset:
         """Turns pairs of texts into batches; leaves batches as they are."""
         if y is not None:
             raise ValueError("The targets are the second texts of the pairs; leave `y` out.")
@@ -119,12 +123,23 @@ class Seq2SeqLM(TokenTraining, GeneratingTask):
             )
             for rows in (encoded[::2], encoded[1::2])
         )
-        dataset = tf.data.Dataset.from_tensor_slices((sources, targets))
-        if shuffle:
-            dataset = dataset.shuffle(len(pairs), seed=0)
-        return dataset.batch(batch_size or 32).map(self._make_batch, num_parallel_calls=tf.data.AUTOTUNE)
+        size = batch_size or 32
 
-    @tf.autograph.experimental.do_not_convert
+        @tf.autograph.experimental.do_not_convert
+        def batches_of_pass(number: tf.Tensor) -> tf.data.Dataset:
+            order = tf.range(len(pairs), dtype=tf.int64)
+            if shuffle:
+                order = shuffle_values(order, pass_seeds(seed, number)[0])
+            rows = tf.data.Dataset.from_tensor_slices(order).batch(size)
+            return rows.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE)
+
+        @tf.autograph.experimental.do_not_convert
+        def make_batch(rows: tf.Tensor):
+            return self._make_batch(tf.gather(sources, rows), tf.gather(targets, rows))
+
+        dataset = for_each_pass(batches_of_pass, seed, repeat, passes)
+        return finish_dataset(dataset, -(-len(pairs) // size), (0, 1), repeat, passes)
+
     def _make_batch(self, sources: tf.RaggedTensor, targets: tf.RaggedTensor):
         labels = targets.to_tensor()
         # As `T5.shift_right`, which on the JAX backend takes no tensors of TensorFlow.

@@ -13,7 +13,6 @@ from kerasllm.models import LanguageModel
 from kerasllm.tasks.texts import Text, TextTask
 from kerasllm.tokenizers import Tokenizer
 from kerasllm.training import AdamW, Training
-from kerasllm.training.checkpoint import check_order_is_kept
 from kerasllm.training.step import BatchPart, dense
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -161,7 +160,7 @@ class SequenceClassifier(Training, TextTask):
         )
 
     def _weigh(self, x, y, sample_weight):
-        return tf.shape(y)[0]
+        return ops.shape(y)[0]
 
     def _differentiate(self, x, y, sample_weight, variables, scale):
         with tf.GradientTape() as tape:
@@ -204,10 +203,11 @@ class SequenceClassifier(Training, TextTask):
         if not _holds_texts(x):
             return super().fit(x, y, batch_size=batch_size, **kwargs)
         shuffle = kwargs.pop("shuffle", True)
-        if shuffle:
-            check_order_is_kept(kwargs.get("callbacks"))
-        batches = self._batches(x, y, batch_size, max_length, shuffle)
-        return super().fit(batches, shuffle=False, **kwargs)
+
+        def make_batches(**order):
+            return self._batches(x, y, batch_size, max_length, shuffle, **order)
+
+        return self._fit_texts(make_batches, **kwargs)
 
     def evaluate(
         self, x=None, y=None, batch_size: int | None = None, max_length: int | None = None, **kwargs
@@ -231,7 +231,7 @@ class SequenceClassifier(Training, TextTask):
             return super().evaluate(x, y, batch_size=batch_size, **kwargs)
         return super().evaluate(self._batches(x, y, batch_size, max_length, shuffle=False), **kwargs)
 
-    def _batches(self, texts, labels, batch_size, max_length, shuffle) -> tf.data.Dataset:
+    def _batches(self, texts, labels, batch_size, max_length, shuffle, **order) -> tf.data.Dataset:
         if labels is None:
             raise ValueError("Texts need their labels: `y` must be given.")
         rows, labels = self._encode(texts, max_length), self._read_labels(labels)
@@ -244,9 +244,8 @@ class SequenceClassifier(Training, TextTask):
             {**dict(zip(names, row, strict=False)), "attention_mask": np.ones(len(row[0]), "int32")}
             for row in rows
         ]
-        return padded_batches(
-            rows, labels, batch_size or 32, pad_values={"token_ids": self._padding_id}, shuffle=shuffle
-        )
+        padding = {"token_ids": self._padding_id}
+        return padded_batches(rows, labels, batch_size or 32, pad_values=padding, shuffle=shuffle, **order)
 
     def _read_labels(self, labels) -> np.ndarray:
         """Labels as arrays that the loss takes: int32 `[texts]` or float32 `[texts, labels]`."""

@@ -35,11 +35,6 @@ class TextTask(Task):
         """
         return self.model(**self._arguments(inputs), training=training)
 
-    @staticmethod
-    def _arguments(inputs: Mapping[str, Any] | Any) -> Mapping[str, Any]:
-        """What the model takes."""
-        return inputs if isinstance(inputs, Mapping) else {"token_ids": inputs}
-
     def _encode(
         self, texts: Sequence[Text], max_length: int | None = None, parse_special: bool = False
     ) -> list[tuple[np.ndarray, np.ndarray]]:

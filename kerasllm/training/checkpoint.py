@@ -17,9 +17,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import tensorflow as tf
-from keras import ops
 
 from kerasllm.files import new_file, write_json
+from kerasllm.training.shards import is_sharded
 
 _FORMAT = "kerasllm training 1"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -46,10 +46,12 @@ class Checkpoints(keras.callbacks.Callback):
     running epoch and the place in the data. `fit` of a kerasllm task that is given this callback and finds
     a save in the folder goes on from there: the weights at the end are those of a run that was never
     interrupted, to the bit, also where the interruption was a kill, if the dataset gives the same batches
-    in each run (as those of `kerasllm.data` do; a `shuffle` must have a seed and
+    in each run (as texts do, whose order follows from the seed of `compile` and the epoch, and the datasets
+    of `kerasllm.data` with `repeat` or `passes`; a `shuffle` must have a seed and
     `reshuffle_each_iteration=False`). The number of replicas may be another one.
 
-    On `SIGTERM` the training saves after the running step and the process exits with status 0.
+    On `SIGTERM` the training saves after the running step and the process exits with status 0. Several
+    workers that share the state of the optimizer (`shard_state`) exit without a save.
 
     Args:
         folder: Where the files are: `step-00001000.safetensors` and so on; on several workers one that all
@@ -154,11 +156,13 @@ class Checkpoints(keras.callbacks.Callback):
         Raises:
             OSError: If this file or the one before could not be written.
         """
+        if keras.backend.backend() == "jax":  # where a step keeps what it changes to itself
+            self.model.jax_state_sync()
         groups = _variables(self.model)
         if not (self.position.batch and with_metrics):  # the next epoch begins with none
             groups["metrics"] = []
         tensors = {
-            f"{group}.{number}": np.array(ops.convert_to_numpy(variable))
+            f"{group}.{number}": np.array(variable.numpy())
             for group, variables in groups.items()
             for number, variable in enumerate(variables)
         }
@@ -230,7 +234,9 @@ class Checkpoints(keras.callbacks.Callback):
         if self._is_terminated:
             self._check_loss(logs)
             # Other workers may be a step further or back, so nothing that takes all of them.
-            self.save(with_metrics=not is_multi_worker(self.model.distribute_strategy), wait=True)
+            is_alone = not is_multi_worker(self.model.distribute_strategy)
+            if is_alone or not is_sharded(self.model.optimizer):
+                self.save(with_metrics=is_alone, wait=True)
             self.close()
             raise SystemExit(0)
         is_last = self.position.batch == self.params.get("steps")  # that save comes after the validation
@@ -308,6 +314,12 @@ def fit_from_checkpoint(fit: Callable, model, x, checkpoints: Checkpoints, **kwa
         Keras's `History`, of the epochs that were run here.
     """
     with contextlib.closing(checkpoints):
+        metrics = model._compile_metrics
+        if checkpoints.steps() and metrics is not None and not metrics.built:
+            # Keras would make their variables in the first step, after they are restored.
+            batch = keras.utils.unpack_x_y_sample_weight(next(iter(x)))
+            with model.distribute_strategy.scope():
+                model._symbolic_build(data_batch=batch)
         position = checkpoints.restore(model)
         if position is None:
             return fit(x, **kwargs)
@@ -368,21 +380,9 @@ def fit_from_checkpoint(fit: Callable, model, x, checkpoints: Checkpoints, **kwa
         )
 
 
-def check_order_is_kept(callbacks) -> None:
-    """Refuses checkpoints where texts come in an order that another run would not repeat.
-
-    Args:
-        callbacks: Those of `fit`.
-
-    Raises:
-        ValueError: If `Checkpoints` are among them.
-    """
-    callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-    if any(isinstance(each, Checkpoints) for each in callbacks):
-        raise ValueError(
-            "`Checkpoints` need batches that are the same in each run: give `fit` a dataset of "
-            "kerasllm.data with `repeat=True`, and `steps_per_epoch`. Received: texts in random order"
-        )
+def find_checkpoints(callbacks) -> list[Checkpoints]:
+    """Returns the `Checkpoints` among the callbacks of `fit`, which are None, one or a list."""
+    return [each for each in keras.tree.flatten(callbacks or []) if isinstance(each, Checkpoints)]
 
 
 def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:

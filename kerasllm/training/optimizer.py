@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 from kerasllm.training.guard import Guarded
+from kerasllm.training.shards import Sharded
 
 Rate = float | keras.optimizers.schedules.LearningRateSchedule
 
@@ -61,7 +62,7 @@ class _Optimizer(Guarded):
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
-class AdamW(_Optimizer, keras.optimizers.AdamW):
+class AdamW(_Optimizer, Sharded, keras.optimizers.AdamW):
     """Keras's AdamW that decays matrices and embeddings, but not biases and norm gains.
 
     Loshchilov, Hutter: "Decoupled Weight Decay Regularization" (2019).
@@ -74,7 +75,8 @@ class AdamW(_Optimizer, keras.optimizers.AdamW):
         epsilon: Added to the root of the latter.
         global_clipnorm: Largest norm of all gradients together; None does not clip.
         not_decayed: Regular expressions; a weight in whose name one of them is found is not decayed.
-        **kwargs: As in Keras, and those of `Guarded`: `skip_above`, `skip_window`.
+        **kwargs: As in Keras, those of `Guarded`, `skip_above` and `skip_window`, and that of `Sharded`:
+            `shard_state`, whether replicas share the momentums.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class AdamW(_Optimizer, keras.optimizers.AdamW):
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
-class Lion(_Optimizer, keras.optimizers.Lion):
+class Lion(_Optimizer, Sharded, keras.optimizers.Lion):
     """Keras's Lion: the sign of a mean of the gradients, which takes half of the memory of AdamW.
 
     Chen et al.: "Symbolic Discovery of Optimization Algorithms" (2023). Every weight moves by the learning
@@ -147,7 +149,8 @@ class Lion(_Optimizer, keras.optimizers.Lion):
         beta_2: Decay of the mean of the gradients.
         global_clipnorm: Largest norm of all gradients together; None does not clip.
         not_decayed: Regular expressions; a weight in whose name one of them is found is not decayed.
-        **kwargs: As in Keras, and those of `Guarded`: `skip_above`, `skip_window`.
+        **kwargs: As in Keras, those of `Guarded`, `skip_above` and `skip_window`, and that of `Sharded`:
+            `shard_state`, whether replicas share the momentums.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ divided by the weight of the whole batch, which is known before.
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import keras
@@ -17,8 +18,9 @@ from keras import ops
 
 from kerasllm.layers.gradient import REMATS, traced_for_gradient
 from kerasllm.training import jax_step
-from kerasllm.training.checkpoint import Checkpoints, fit_from_checkpoint, is_multi_worker
+from kerasllm.training.checkpoint import find_checkpoints, fit_from_checkpoint, is_multi_worker
 from kerasllm.training.dropout import dropout_by_row
+from kerasllm.training.layouts import check_layouts
 from kerasllm.training.loss import chunked_token_loss, chunked_token_sums, token_sums
 from kerasllm.training.optimizer import AdamW
 from kerasllm.version import __version__
@@ -80,7 +82,8 @@ class Training:
         Args:
             optimizer: A Keras optimizer or its name. None: `AdamW()`.
             microbatches: Parts in which a replica computes its share of a batch, one after the other, for
-                one update: the memory of a small batch, the result of a large one.
+                one update: the memory of a small batch, the result of a large one. On JAX, the parts that
+                all devices compute together.
             seed: Of the dropout masks, from 0 to 2^32 - 1. They follow from it, the number of the update
                 and the row in the batch, however many replicas and microbatches there are.
             jit_compile: Whether XLA compiles the step; on several replicas, the forward and backward
@@ -95,7 +98,7 @@ class Training:
         """
         strategy = self.distribute_strategy
         if jax_step.IS_JAX:
-            jax_step.check_compile(self, microbatches)
+            check_layouts(self)
         _check_compile(strategy, optimizer, microbatches, seed, remat, kwargs)
         self._compile_options = {
             "microbatches": microbatches,
@@ -133,30 +136,41 @@ class Training:
     def fit(self, x=None, y=None, **kwargs):
         """Trains; see `keras.Model.fit`. With `Checkpoints` among the callbacks, from the last save on."""
         if jax_step.IS_JAX:
-            jax_step.check_layouts(self)
+            check_layouts(self)
         self._check_batches(x)
         if is_multi_worker(self.distribute_strategy):
             self._check_workers_agree()
-        callbacks = kwargs.get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
         x = jax_step.fill_batches(x)
         if kwargs.get("validation_data") is not None:
             kwargs["validation_data"] = jax_step.fill_batches(kwargs["validation_data"])
-        checkpoints = [each for each in callbacks if isinstance(each, Checkpoints)]
+        checkpoints = find_checkpoints(kwargs.get("callbacks"))
         if not checkpoints:
             return super().fit(x, y, **kwargs)
-        if jax_step.IS_JAX:
-            raise ValueError(
-                "`Checkpoints` are for the TensorFlow backend. On JAX use "
-                "`keras.callbacks.ModelCheckpoint`. Received: a `Checkpoints` callback"
-            )
         if len(checkpoints) > 1 or y is not None:
             raise ValueError(
                 "A training has one `Checkpoints` callback, and is on a dataset of batches. Received: "
                 f"{len(checkpoints)} callbacks, y given: {y is not None}"
             )
-        kwargs["callbacks"] = list(callbacks)
+        kwargs["callbacks"] = keras.tree.flatten(kwargs["callbacks"])
         return fit_from_checkpoint(super().fit, self, x, checkpoints[0], **kwargs)
+
+    def _fit_texts(self, make_batches: Callable[..., tf.data.Dataset], **kwargs):
+        """Trains on batches made of texts; with `Checkpoints` in orders that another run repeats.
+
+        Args:
+            make_batches: Makes them, of some of the arguments `seed`, `passes` and `repeat` of the datasets
+                of `kerasllm.data`.
+            **kwargs: Of `fit`.
+        """
+        epochs, options = kwargs.get("epochs", 1), {}
+        if find_checkpoints(kwargs.get("callbacks")):
+            # With `steps_per_epoch` an epoch is no pass.
+            order = {"repeat": True} if kwargs.get("steps_per_epoch") else {"passes": epochs}
+            options = {"seed": self._compile_options["seed"], **order}
+        batches = make_batches(**options)
+        if "passes" in options:
+            kwargs["steps_per_epoch"] = int(batches.cardinality()) // epochs
+        return Training.fit(self, batches, shuffle=False, **kwargs)
 
     def evaluate(self, x=None, y=None, **kwargs):
         """Measures; see `keras.Model.evaluate`."""
@@ -230,7 +244,8 @@ class Training:
         batch = keras.utils.unpack_x_y_sample_weight(*data)
         context = tf.distribute.get_replica_context()
         replicas = context.num_replicas_in_sync
-        weight, first_row = tf.cast(self._weigh(*batch), self._sum_dtype), tf.constant(0)
+        weight = own_weight = tf.cast(self._weigh(*batch), self._sum_dtype)
+        first_row = tf.constant(0)
         if replicas > 1:
             index = tf.cast(context.replica_id_in_sync_group, tf.int32)
             counts = tf.one_hot(index, replicas, dtype=weight.dtype) * tf.cast(_rows(batch), weight.dtype)
@@ -241,7 +256,7 @@ class Training:
         compute = self._sum_microbatches
         if self._jit_replica:
             compute = tf.function(compute, jit_compile=True, autograph=False)
-        part, gradients = compute(batch, scale, step, first_row)
+        part, gradients = compute(batch, own_weight, scale, step, first_row)
         if replicas > 1:
             gradients = _sum_over_replicas(gradients)
         self.optimizer.apply(gradients, self.trainable_weights)
@@ -258,8 +273,8 @@ class Training:
     def _sum_dtype(self) -> str:
         return "float64" if self.variable_dtype == "float64" else "float32"
 
-    def _sum_microbatches(self, batch, scale, step, first_row):
-        """The sums of this replica's rows, and its part of the gradient."""
+    def _sum_microbatches(self, batch, weight, scale, step, first_row):
+        """The sums of this replica's rows, which have a weight, and its part of the gradient."""
         variables = [variable.value for variable in self.trainable_weights]
         rows, count = _rows(batch), self._compile_options["microbatches"]
         if count == 1 and tf.distribute.get_replica_context().num_replicas_in_sync == 1:
@@ -267,7 +282,6 @@ class Training:
                 return self._differentiate(*batch, variables, scale)
         # Rows of no weight fill the last microbatch, and the share of a replica that got no rows. A task
         # that weighs rows would count them.
-        weight = tf.cast(self._weigh(*batch), self._sum_dtype)
         size = tf.maximum(1, (rows + count - 1) // count)
         x, y, sample_weight = batch
         sample_weight = tf.ones([rows], self._sum_dtype) if sample_weight is None else sample_weight
@@ -416,7 +430,7 @@ class TokenTraining(Training):
         raise NotImplementedError
 
     def _weigh(self, x, y, sample_weight):
-        return tf.reduce_sum(tf.cast(sample_weight, self._sum_dtype))
+        return ops.sum(ops.cast(sample_weight, self._sum_dtype))
 
     def _differentiate(self, x, y, sample_weight, variables, scale):
         logits = None

@@ -10,7 +10,8 @@ import safetensors.numpy
 import tensorflow as tf
 from keras import ops
 
-from kerasllm import GPT2, CausalLM, GPT2Config
+from kerasllm import GPT2, CausalLM, GPT2Config, MaskedLM, Seq2SeqLM, SequenceClassifier, train_tokenizer
+from kerasllm.models import T5, Bert, BertConfig, T5Config
 from kerasllm.training import AdamW, Checkpoints, cosine_schedule
 
 
@@ -186,7 +187,54 @@ def test_best_is_readable(tmp_path):
     assert best["step"] == 4 and best["monitor"] == "val_loss" and best["value"] > 0
 
 
-def test_texts_in_random_order_are_refused(tmp_path, tokenizer):
-    model = CausalLM(GPT2(GPT2Config(vocabulary_size=400, num_layers=1, num_heads=1, dim=8)), tokenizer)
-    with pytest.raises(ValueError, match="need batches that are the same in each run"):
-        model.fit(["A text.", "Another one."], callbacks=[Checkpoints(tmp_path)])
+def make_task(name, tokenizer):
+    """A task, its texts in 10 batches of 3, and what else `fit` takes."""
+    keras.utils.set_random_seed(0)
+    sizes = {"vocabulary_size": 20, "context_length": 8, "num_layers": 1, "num_heads": 1, "dim": 8}
+    words = [str(number % 10) for number in range(100)]
+    texts = [" ".join(words[number : number + 6]) for number in range(28)]
+    if name == "causal_lm":
+        return CausalLM(GPT2(GPT2Config(**sizes)), tokenizer), (texts,), {"sequence_length": 6}
+    if name == "seq2seq_lm":
+        network = T5(T5Config(**sizes, intermediate_dim=8, head_dim=8))
+        return Seq2SeqLM(network, tokenizer), (list(zip(texts, texts[::-1], strict=True)),), {}
+    config = BertConfig(**sizes, intermediate_dim=8)
+    if name == "masked_lm":
+        return MaskedLM(Bert(config), tokenizer), (texts,), {"mask_rate": 0.5}
+    labels = [number % 2 for number in range(28)]
+    return SequenceClassifier(Bert(config, "classifier"), tokenizer), (texts, labels), {}
+
+
+# Orders, and what is hidden, follow from the seed and the epoch.
+@pytest.mark.parametrize("name", ["causal_lm", "masked_lm", "seq2seq_lm", "sequence_classifier"])
+def test_texts_come_in_the_order_of_the_uninterrupted_run(tmp_path, name):
+    words = [str(number) for number in range(10)]
+    tokenizer = train_tokenizer("wordpiece" if name == "masked_lm" else "word", [" ".join(words)], None)
+
+    def train(folder, *callbacks, seed=3, **more):
+        model, data, options = make_task(name, tokenizer)
+        model.compile(AdamW(1e-2), seed=seed, run_eagerly=True, jit_compile=False)
+        callbacks = [Checkpoints(tmp_path / folder, every_steps=1), *callbacks]
+        options = {"batch_size": 3, "epochs": 2, "verbose": 0, **options, **more}
+        history = model.fit(*data, callbacks=callbacks, **options).history["loss"]
+        return model, history, callbacks[0].position
+
+    straight, losses, position = train("straight")
+    assert position.epoch == 2 and position.step == (22 if name == "causal_lm" else 20)
+    assert losses[0] != losses[1]
+    stop = position.step // 2 + 3
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped", StopAfter(stop))
+    resumed, got, _ = train("stopped")
+    assert got == losses[1:]
+    for ours, theirs in zip(state(resumed), state(straight), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert train("other", seed=4)[1] != losses
+    # Epochs that are no passes.
+    with pytest.raises(KeyboardInterrupt):
+        train("stretches", StopAfter(5), steps_per_epoch=4, epochs=4)
+    resumed, *_, position = train("stretches", steps_per_epoch=4, epochs=4)
+    straight, *_ = train("straight stretches", steps_per_epoch=4, epochs=4)
+    assert position == (16, 4, 0)
+    for ours, theirs in zip(state(resumed), state(straight), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
