@@ -49,6 +49,7 @@ class Checkpoints(keras.callbacks.Callback):
     in each run (as texts do, whose order follows from the seed of `compile` and the epoch, and the datasets
     of `kerasllm.data` with `repeat` or `passes`; a `shuffle` must have a seed and
     `reshuffle_each_iteration=False`). The number of replicas may be another one.
+    On the JAX backend this is for one process, whose layouts may be others too.
 
     On `SIGTERM` the training saves after the running step and the process exits with status 0. Several
     workers that share the state of the optimizer (`shard_state`) exit without a save.

@@ -14,11 +14,12 @@ from keras import ops
 
 from kerasllm.layers.dropout import dropout_chosen_by
 from kerasllm.layers.gradient import traced_for_gradient
-from kerasllm.training.layouts import Layouts, check_layouts
+from kerasllm.training.layouts import Layouts
 
 IS_JAX = keras.backend.backend() == "jax"
 if IS_JAX:
     import jax
+    import jax.numpy as jnp
 
 
 def train_step(model, state, data):
@@ -34,18 +35,52 @@ def train_step(model, state, data):
     """
     trainable, non_trainable, optimizer, metrics = state
     batch, options = keras.utils.unpack_x_y_sample_weight(data), model._compile_options
+    weight, count = model._weigh(*batch), options["microbatches"]
 
-    def differentiate(trainable):
+    def differentiate(trainable, non_trainable, batch, rows):
         values = _pairs(model, trainable, non_trainable)
         values += zip(model.optimizer.variables, optimizer, strict=True)
         with keras.StatelessScope(state_mapping=values) as scope:
             step = ops.convert_to_tensor(model.optimizer.iterations)
-            with dropout_by_step(options["seed"], step), traced_for_gradient(options.get("remat")):
+            with dropout_by_step(options["seed"], step, rows), traced_for_gradient(options["remat"]):
                 part = model._sum(*batch, training=True)
-            loss = model.optimizer.scale_loss(ops.divide_no_nan(part.objective, part.weight))
-        return loss, (part, [scope.get_current_value(each) for each in model.non_trainable_variables])
+            loss = model.optimizer.scale_loss(ops.divide_no_nan(part.objective, weight))
+            non_trainable = [scope.get_current_value(each) for each in model.non_trainable_variables]
+        if model._compile_metrics is None:
+            part = part._replace(predictions=None)
+        return loss, (part, non_trainable)
 
-    (_, (part, non_trainable)), gradients = jax.value_and_grad(differentiate, has_aux=True)(trainable)
+    differentiate = jax.grad(differentiate, has_aux=True)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if count == 1:
+        gradients, (part, non_trainable) = differentiate(trainable, non_trainable, batch, jnp.arange(rows))
+    else:
+        size = -(-rows // count)
+        x, y, sample_weight = batch
+        sample_weight = jnp.ones(rows) if sample_weight is None else sample_weight
+
+        def split(values):
+            # Every `count`-th row, so that each device has its share of each microbatch. Rows of no weight
+            # fill the last ones.
+            values = jnp.pad(values, [(0, size * count - rows)] + [(0, 0)] * (values.ndim - 1))
+            return jnp.swapaxes(values.reshape(size, count, *values.shape[1:]), 0, 1)
+
+        def add(sums, microbatch):
+            gradients, part, non_trainable = sums
+            more, (new, non_trainable) = differentiate(trainable, non_trainable, *microbatch)
+            sums = jax.tree.map(jnp.add, (gradients, part), (more, new._replace(predictions=None)))
+            return (*sums, non_trainable), new.predictions
+
+        microbatches = jax.tree.map(split, ((x, y, sample_weight), jnp.arange(rows)))
+        first = jax.tree.map(lambda values: values[0], microbatches)
+        gradients, (part, _) = jax.eval_shape(differentiate, trainable, non_trainable, *first)
+        zeros = jax.tree.map(jnp.zeros_like, (gradients, part._replace(predictions=None)))
+        (gradients, part, non_trainable), predictions = jax.lax.scan(
+            add, (*zeros, non_trainable), microbatches
+        )
+        if predictions is not None:
+            predictions = jnp.swapaxes(predictions, 0, 1).reshape(-1, *predictions.shape[2:])[:rows]
+        part = part._replace(weight=weight, predictions=predictions)
     trainable, optimizer = model.optimizer.stateless_apply(optimizer, gradients, trainable)
     logs, metrics = _report(model, batch, part, metrics)
     return logs, (trainable, non_trainable, optimizer, metrics)
@@ -84,15 +119,18 @@ def _report(model, batch, part, metrics):
     return logs, [scope.get_current_value(each) for each in model.metrics_variables]
 
 
-def dropout_by_step(seed, step):
+def dropout_by_step(seed, step, rows):
     """While this is open, the masks of every `kerasllm.layers.Dropout` follow from the seed and the step.
 
-    They are the same on any number of devices and after a restart, but others than on TensorFlow. The key
-    is made of the seed, the step and the number of the layer, in the order in which a step comes to them.
+    They are the same on any number of devices, with any number of microbatches and after a restart, but
+    others than on TensorFlow. The key is made of the seed, the step, the number of the layer, in the order
+    in which a step comes to them, and the number of the row.
 
     Args:
         seed: Integer, from 0 to 2^32 - 1.
         step: Integer scalar: the update.
+        rows: Integers `[rows]`, the numbers of the rows in the batch. Inputs may have any shape, rows
+            first.
 
     Returns:
         A context manager.
@@ -102,28 +140,14 @@ def dropout_by_step(seed, step):
     def drop(layer, inputs):
         number = numbers.setdefault(id(layer), len(numbers))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), number)
-        kept = jax.random.bernoulli(key, 1.0 - layer.rate, inputs.shape)
+
+        def draw(row):
+            return jax.random.bernoulli(jax.random.fold_in(key, row), 1.0 - layer.rate, inputs.shape[1:])
+
+        kept = jax.vmap(draw)(rows)
         return inputs * ops.cast(1.0 / (1.0 - layer.rate), inputs.dtype) * ops.cast(kept, inputs.dtype)
 
     return dropout_chosen_by(drop)
-
-
-def check_compile(model, microbatches: int) -> None:
-    """Refuses what the training on JAX does not have.
-
-    Args:
-        model: The task.
-        microbatches: As in `Training.compile`.
-
-    Raises:
-        ValueError: If something is not supported, or model and distribution do not fit together.
-    """
-    if microbatches != 1:
-        raise ValueError(
-            "On the JAX backend a batch is computed at once: divide it by `make_distribution`, or use the "
-            f"TensorFlow backend. Received: microbatches={microbatches}"
-        )
-    check_layouts(model)
 
 
 @contextlib.contextmanager

@@ -101,9 +101,8 @@ def errors():
     note("model of another distribution", under(lambda: model.fit(batches, verbose=0), data=8))
     note("rows", under(lambda: classify(ids), data=8))
 
-    note("microbatches", lambda: alone.compile(microbatches=2))
+    note("shared state", lambda: AdamW(shard_state=True))
     alone.compile()
-    note("checkpoints", lambda: alone.fit(batches, callbacks=[Checkpoints("nowhere")]))
     note("generate", lambda: alone.generate([[1, 2]], 3))
     tokenizer = train_tokenizer("word", TEXTS)
     note("export", lambda: kerasllm.CausalLM(alone.model, tokenizer).export("nowhere"))
@@ -157,5 +156,53 @@ def texts():
     }
 
 
+class StopAfter(keras.callbacks.Callback):
+    """Ends a training as a kill would: nothing is called after it."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches -= 1
+        if not self.batches:
+            raise KeyboardInterrupt
+
+
+def checkpoints():
+    """How far trainings that were interrupted are from one that was not, by layout before and after."""
+    tokenizer = train_tokenizer("word", TEXTS)
+
+    def train(layout, folder=None, stop=None):
+        keras.utils.set_random_seed(0)
+        keras.distribution.set_distribution(None if layout is None else make_distribution(**layout))
+        model = kerasllm.CausalLM(GPT2(GPT2.config_class(**{**SIZES, "dropout": 0.2})), tokenizer)
+        model.compile(AdamW(1e-2, epsilon=1e-3, skip_above=1.5, skip_window=2), microbatches=2)
+        callbacks = [] if folder is None else [Checkpoints(folder, every_steps=1)]
+        callbacks += [StopAfter(stop)] if stop else []
+        try:
+            losses = model.fit(
+                TEXTS, batch_size=8, sequence_length=8, epochs=2, callbacks=callbacks, verbose=0
+            ).history["loss"]
+        except KeyboardInterrupt:
+            losses = None
+        return [each.numpy() for each in (*model.variables, *model.optimizer.variables)], losses
+
+    layouts = {"one": None, "divided": {"data": 4, "tensor": 2, "shard": "weights"}}
+    found = {}
+    for before, after, stop in (("one", "one", 3), ("divided", "divided", 7), ("divided", "one", 7)):
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+            train(layouts[before], folder, stop)
+            got, losses = train(layouts[after], folder)
+            want, all_losses = train(layouts[after], other)
+        errors = [np.abs(a.astype("float64") - b).max() for a, b in zip(got, want, strict=True)]
+        found[f"{before}, {after}"] = float(max(*errors, abs(losses[-1] - all_losses[-1])))
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps({"shares": shares, "errors": errors, "texts": texts}[sys.argv[1]]()))
+    print(
+        json.dumps(
+            {"shares": shares, "errors": errors, "texts": texts, "checkpoints": checkpoints}[sys.argv[1]]()
+        )
+    )

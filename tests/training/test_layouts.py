@@ -46,7 +46,7 @@ def test_tensorflow_has_no_layouts():
 
 @pytest.mark.reference
 def test_divided_training_equals_tensorflow_and_one_device():
-    check("--models", "llama", "--layouts", "tensor 2, weights")
+    check("--models", "llama", "microbatches", "bfloat16", "--layouts", "tensor 2, weights")
 
 
 @pytest.mark.reference
@@ -75,8 +75,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         "model of no distribution": "A model must be made, compiled and trained under the same distri",
         "model of another distribution": "A model must be made, compiled and trained under the same distri",
         "rows": "The rows of a batch must be a multiple of the devices that they are divided among",
-        "microbatches": "On the JAX backend a batch is computed at once",
-        "checkpoints": "`Checkpoints` are for the TensorFlow backend",
+        "shared state": "on JAX use `make_distribution(shard=",
         "generate": "Generating text needs the TensorFlow backend",
         "embed": "Reading texts needs the TensorFlow backend",
         "export": "An export needs the TensorFlow backend",
@@ -95,6 +94,13 @@ def test_texts_train_and_are_saved(tmp_path):
     # The same optimizer and masks after a restart; other masks with another seed.
     assert facts["resumed_error"] < 1e-5
     assert facts["seed_difference"] > 1e-4
+
+
+@pytest.mark.reference
+def test_an_interrupted_training_is_the_uninterrupted_one(tmp_path):
+    errors = run_on_jax("checkpoints", tmp_path)
+    assert errors.pop("divided, one") < 1e-3  # the steps before have sums in another order
+    assert errors == {"one, one": 0, "divided, divided": 0}
 
 
 @pytest.mark.reference
