@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -14,6 +15,20 @@ REPLACEMENT_CHARACTER = "\ufffd"
 
 # A step that turns one token into text: (token, whether it is the first of its text) -> text.
 TokenStep = Callable[[str, bool], str]
+
+
+class StreamState(NamedTuple):
+    """What has to be remembered of texts that are decoded token by token in a graph.
+
+    Args:
+        pending: Strings `[batch]`: bytes that are no text yet.
+        begins_text: Booleans `[batch]`: no token with a text has come.
+        to_strip: Int32 `[batch]`: how many characters are still to be taken off the beginning.
+    """
+
+    pending: tf.Tensor
+    begins_text: tf.Tensor
+    to_strip: tf.Tensor
 
 
 class Decoder(tf.Module):
@@ -81,6 +96,76 @@ class Decoder(tf.Module):
             texts = tf.where(begins_text, stripped, texts)
         return texts
 
+    # Token by token, as `StreamingDecoder` does it in Python
+
+    def start_stream(self, after: tf.RaggedTensor) -> StreamState:
+        """Begins to decode texts token by token, without special tokens.
+
+        Args:
+            after: Integers `[batch, None]`: the ids that come before those of each row.
+
+        Returns:
+            The state before the first token.
+        """
+        begins_text = self._with_text(after, skip_special_tokens=True).row_lengths() == 0
+        return StreamState(
+            pending=tf.fill(tf.shape(begins_text), ""),
+            begins_text=begins_text,
+            to_strip=tf.where(begins_text, self._plan.strip_count, 0),
+        )
+
+    def push(self, state: StreamState, ids: tf.Tensor, is_new: tf.Tensor) -> tuple[StreamState, tf.Tensor]:
+        """Takes the next token of each row.
+
+        Args:
+            state: The state.
+            ids: Integers `[batch]`.
+            is_new: Booleans `[batch]`: which rows have a next token.
+
+        Returns:
+            The state, and the texts that are final now and were not before: strings `[batch]`, UTF-8.
+        """
+        ids = tf.cast(ids, tf.int64)
+        has_text = is_new & (ids >= 0) & (ids < self._unknown)
+        ids = tf.where(has_text, ids, self._unknown)
+        has_text &= ~tf.gather(self._is_special, ids)
+        ids = tf.where(has_text, ids, self._unknown)
+        texts, pending = tf.gather(self._texts, ids), state.pending
+        if self._has_first_texts:
+            texts = tf.where(state.begins_text, tf.gather(self._first_texts, ids), texts)
+        if self._plan.is_byte_level:
+            joined = pending + texts
+            end = tf.strings.length(joined) - _count_incomplete(joined)
+            pending = tf.strings.substr(joined, end, 3 * tf.ones_like(end))
+            texts = replace_invalid_utf8(tf.strings.substr(joined, tf.zeros_like(end), end))
+        elif self._plan.has_byte_tokens:
+            is_byte = tf.gather(self._is_byte, ids)
+            run = tf.where(is_byte, pending + texts, pending)
+            ends_run = has_text & ~is_byte
+            texts = tf.where(ends_run, _text_of_run(run) + texts, "")
+            pending = tf.where(ends_run, "", run)
+        texts, to_strip = self._strip_start(texts, state.to_strip)
+        return StreamState(pending, state.begins_text & ~has_text, to_strip), texts
+
+    def end_stream(self, state: StreamState) -> tf.Tensor:
+        """Ends the texts; returns what was held back, strings `[batch]`."""
+        is_byte_level = self._plan.is_byte_level
+        texts = replace_invalid_utf8(state.pending) if is_byte_level else _text_of_run(state.pending)
+        return self._strip_start(texts, state.to_strip)[0]
+
+    def _strip_start(self, texts: tf.Tensor, to_strip: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Takes characters off the beginnings; returns how many are still to be taken, too."""
+        if not self._plan.strip_count:
+            return texts, to_strip
+        character = self._plan.strip_character
+        size = len(character.encode())
+        rest = tf.strings.regex_replace(texts, f"^\\x{{{ord(character):x}}}+", "", replace_global=False)
+        found = (tf.strings.length(texts) - tf.strings.length(rest)) // size
+        stripped = tf.minimum(found, to_strip)
+        length = tf.strings.length(texts)
+        texts = tf.strings.substr(texts, stripped * size, length)
+        return texts, tf.where(tf.strings.length(rest) > 0, 0, to_strip - stripped)
+
     def _with_text(self, ids: tf.RaggedTensor, skip_special_tokens: bool) -> tf.RaggedTensor:
         """The ids, int64, without those that have no text."""
         values = tf.cast(ids.values, tf.int64)
@@ -108,6 +193,33 @@ class Decoder(tf.Module):
         joined = tf.strings.unsorted_segment_join(texts, run, tf.size(texts))
         is_valid = tf.strings.regex_full_match(joined, VALID_UTF8)
         return tf.where(is_byte & ~tf.gather(is_valid, run), REPLACEMENT_CHARACTER, texts)
+
+
+def _count_incomplete(texts: tf.Tensor) -> tf.Tensor:
+    """How many bytes at the end of each text begin a character that may yet be completed, int32."""
+    end = tf.strings.length(texts)
+    last = tf.strings.substr("\0\0\0" + texts, end, 3 * tf.ones_like(end))
+    first, second, third = tf.unstack(tf.cast(tf.io.decode_raw(last, tf.uint8), tf.int32)[:, :3], 3, axis=1)
+
+    def begins(lead, next_byte, least_lead):
+        """Whether two bytes may begin a longer character (Unicode, table 3-7).
+
+        Python's decoder knows half of a surrogate pair for an error only when it is whole.
+        """
+        low = tf.where(lead == 0xE0, 0xA0, tf.where(lead == 0xF0, 0x90, 0x80))
+        high = tf.where(lead == 0xF4, 0x8F, 0xBF)
+        return (lead >= least_lead) & (lead <= 0xF4) & (next_byte >= low) & (next_byte <= high)
+
+    is_continuation = (third >= 0x80) & (third <= 0xBF)
+    count = tf.where(begins(first, second, 0xF0) & is_continuation, 3, 0)
+    count = tf.where(begins(second, third, 0xE0), 2, count)
+    return tf.where((third >= 0xC2) & (third <= 0xF4), 1, count)
+
+
+def _text_of_run(runs: tf.Tensor) -> tf.Tensor:
+    """Runs of byte tokens as text: one that is no valid UTF-8 is U+FFFD for each byte."""
+    is_valid = tf.strings.regex_full_match(runs, VALID_UTF8)
+    return tf.where(is_valid, runs, tf.strings.regex_replace(runs, r"\C", REPLACEMENT_CHARACTER))
 
 
 class _TokenTexts:

@@ -228,3 +228,46 @@ def test_what_is_unsupported_is_refused(name):
     config = json.loads(reference.to_str()) | {"decoder": REFUSED[name]}
     with pytest.raises(ValueError, match="must be|must take"):
         Tokenizer.from_json(json.dumps(config))
+
+
+def streamed_in_graph(tokenizer, rows, after):
+    """What the graph gives out with each token of each row, and at the end."""
+    decoder = tokenizer.decoder
+    push = tf.function(decoder.push, autograph=False)
+    state = decoder.start_stream(tf.ragged.constant(after, tf.int32, ragged_rank=1))
+    pieces = []
+    for place in range(max(map(len, rows))):
+        ids = tf.constant([row[place] if place < len(row) else 0 for row in rows])
+        state, texts = push(state, ids, tf.constant([place < len(row) for row in rows]))
+        pieces.append(texts.numpy())
+    pieces.append(decoder.end_stream(state).numpy())
+    return [[piece.decode() for piece in row] for row in zip(*pieces, strict=True)]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_streamed_in_a_graph_as_in_python(name):
+    tokenizer, _ = tokenizer_with(DECODERS[name])
+    rows = random_rows(tokenizer.vocabulary_size, seed=2, count=200)
+    rows += [[tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "🙂".encode()]]
+    rows += [[*rows[-1][:3], 5, *rows[-1][1:]], list(map(tokenizer.token_to_id, ("▁", "▁▁", "▁a")))]
+    rows += [list(map(tokenizer.token_to_id, ("ðŁ", "ðŁ", "ĻĤ", "Ã", "▁", "Ã", "©", "ðŁ")))]
+    after = [[] if number % 2 else [number % 7] for number in range(len(rows))]
+    for row, begin, pieces in zip(rows, after, streamed_in_graph(tokenizer, rows, after), strict=True):
+        stream = StreamingDecoder(tokenizer, after=begin)
+        assert pieces[: len(row)] == [stream.add(token_id) for token_id in row]
+        assert set(pieces[len(row) : -1]) <= {""}
+        assert pieces[-1] == stream.finish()
+
+
+def test_random_bytes_streamed_in_a_graph():
+    """Every way in which a character may be cut, broken or too long."""
+    tokenizer = Tokenizer.from_json(train_byte_level("gpt2", ["a"], 257).to_str())
+    generator = random.Random(3)
+    edges = [0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF]
+    edges += [0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF]
+    of_byte = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocabulary_size)}
+    rows = [[of_byte[bytes([generator.choice(edges)])] for _ in range(8)] for _ in range(1500)]
+    pieces_of_rows = streamed_in_graph(tokenizer, rows, [[]] * len(rows))
+    for row, pieces in zip(rows, pieces_of_rows, strict=True):
+        stream = StreamingDecoder(tokenizer)
+        assert pieces == [*map(stream.add, row), stream.finish()]
