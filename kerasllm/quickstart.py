@@ -224,6 +224,9 @@ def request(prompts: list[str], settings: dict) -> dict[str, np.ndarray]:
         "temperature": np.full(count, settings["temperature"], "float32"),
         "top_k": np.full(count, settings["top_k"], "int32"),
         "top_p": np.full(count, settings["top_p"], "float32"),
+        "min_p": np.zeros(count, "float32"),
+        "repetition_penalty": np.ones(count, "float32"),
+        "stop": np.full([count, 1], "", object),
         "seed": np.full(count, settings["seed"], "int32"),
     }
 

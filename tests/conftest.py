@@ -60,6 +60,29 @@ def random_lm(tokenizer):
 
 
 @pytest.fixture(scope="session")
+def random_served(random_lm, tmp_path_factory):
+    """`random_lm` as a SavedModel that has everything: a chat template, and slots."""
+    from kerasllm import CausalLM, Tokenizer
+
+    template = (  # a short one, for the context is
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    settings = {"chat_template": template, "eos_token": random_lm.tokenizer.eos_token}
+    tokenizer = Tokenizer.from_json(random_lm.tokenizer.to_json(), settings=settings)
+    base = tmp_path_factory.mktemp("served") / "random"
+    CausalLM(random_lm.model, tokenizer, random_lm.generation_config).export(base / "1", slots=3)
+    return base
+
+
+@pytest.fixture(scope="session")
+def random_loaded(random_served):
+    import tensorflow as tf
+
+    return tf.saved_model.load(str(random_served / "1"))
+
+
+@pytest.fixture(scope="session")
 def tflite(random_lm, tmp_path_factory):
     """`random_lm` as a LiteRT model whose cache is not a multiple of its prefill lengths."""
     path = tmp_path_factory.mktemp("litert") / "model.tflite"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from kerasllm.files import write_json
-from kerasllm.generation import GenerationConfig, check_vocabularies
+from kerasllm.generation import GenerationConfig, cache_names, check_vocabularies
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
@@ -24,10 +24,6 @@ with open(target, "wb") as file:
 """
 
 
-def _cache_names(number: int) -> tuple[str, str]:
-    return f"kv_cache_k_{number}", f"kv_cache_v_{number}"
-
-
 def _signature(model: LanguageModel, length: int, cache_length: int, with_logits: bool):
     """A function with the inputs and outputs that LiteRT-LM expects, for `length` tokens at once."""
     specs = {
@@ -36,17 +32,17 @@ def _signature(model: LanguageModel, length: int, cache_length: int, with_logits
         "mask": tf.TensorSpec([1, 1, length, cache_length], tf.float32, name="mask"),
     }
     for number, pair in enumerate(model.make_cache(1, cache_length)):
-        for name, array in zip(_cache_names(number), pair, strict=True):
+        for name, array in zip(cache_names(number), pair, strict=True):
             specs[name] = tf.TensorSpec(array.shape, tf.float32, name=name)
 
     @tf.function(autograph=False)
     def run(tokens, input_pos, mask, **caches):
-        cache = [tuple(caches[name] for name in _cache_names(number)) for number in range(len(caches) // 2)]
+        cache = [tuple(caches[name] for name in cache_names(number)) for number in range(len(caches) // 2)]
         logits, cache = model(tokens, attention_mask=mask, cache=cache, cache_index=input_pos[0])
         outputs = {
             name: array
             for number, pair in enumerate(cache)
-            for name, array in zip(_cache_names(number), pair, strict=True)
+            for name, array in zip(cache_names(number), pair, strict=True)
         }
         return {**outputs, "logits": logits} if with_logits else outputs
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-_VALID_UTF8 = r"[\x{0}-\x{d7ff}\x{e000}-\x{10ffff}]*"
+from kerasllm.tokenizers.utf8 import VALID_UTF8
 
 
 def rule(condition: tf.Tensor, message: str, *values: tf.Tensor) -> tf.Operation:
@@ -45,7 +45,7 @@ def check_texts(name: str, texts: tf.Tensor, longest: int) -> tf.Tensor:
             most,
         ),
         rule(
-            tf.strings.regex_full_match(texts, _VALID_UTF8),
+            tf.strings.regex_full_match(texts, VALID_UTF8),
             f"`{name}` must be UTF-8. Received: bytes that are not.",
         ),
     ]
@@ -64,16 +64,12 @@ def check_batch(inputs: dict[str, tf.Tensor], largest: int, ranks: dict[str, int
         The inputs, once the rules hold.
     """
     # A server passes on what it gets: the shapes that a graph declares are not checked before.
-    inputs = {
-        name: tf.ensure_shape(value, [None] * ranks.get(name, 1)) for name, value in inputs.items()
-    }
+    inputs = {name: tf.ensure_shape(value, [None] * ranks.get(name, 1)) for name, value in inputs.items()}
     first, *others = inputs
     count = tf.shape(inputs[first])[0]
     rules = [
         rule(count > 0, f"There must be at least one `{first}`. Received: none."),
-        rule(
-            count <= largest, f"A request may have at most {largest} rows. Received: {{}} rows.", count
-        ),
+        rule(count <= largest, f"A request may have at most {largest} rows. Received: {{}} rows.", count),
     ]
     for name in others:
         own = tf.shape(inputs[name])[0]

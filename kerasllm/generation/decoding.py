@@ -6,7 +6,7 @@ row's last token is hidden from it until it is overwritten. So a row's result do
 neighbours. The same functions make the exported graph and, compiled by XLA, the live one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -44,6 +44,7 @@ class DecodeState(NamedTuple):
         log_probabilities: `LogProbabilities`, or () where nobody asked.
         draft_cache: The cache of a draft model, or () if there is none.
         search: What contrastive search has to remember, or ().
+        texts: What a graph that looks for stop strings has to remember, or ().
     """
 
     sequences: tf.Tensor
@@ -54,6 +55,7 @@ class DecodeState(NamedTuple):
     log_probabilities: LogProbabilities | tuple = ()
     draft_cache: Any = ()
     search: Any = ()
+    texts: Any = ()
 
 
 def pad_to(tensor: tf.Tensor, length: tf.Tensor, axis: int, value=0) -> tf.Tensor:
@@ -199,10 +201,12 @@ def append(
 def _note(kept: LogProbabilities, here, logits, token) -> LogProbabilities:
     """Writes the log-probabilities of a token at its place."""
     values = tf.nn.log_softmax(tf.cast(logits, tf.float32))
-    chosen = tf.gather(values, token, batch_dims=1)
+    chosen = tf.where(here, tf.gather(values, token, batch_dims=1)[:, None], kept.chosen)
+    if not kept.top.shape[-1]:
+        return kept._replace(chosen=chosen)
     top, top_ids = tf.math.top_k(values, kept.top.shape[-1])
     return LogProbabilities(
-        tf.where(here, chosen[:, None], kept.chosen),
+        chosen,
         tf.where(here[:, :, None], top_ids[:, None], kept.top_ids),
         tf.where(here[:, :, None], top[:, None], kept.top),
     )
@@ -220,6 +224,7 @@ def decode(
     uniform: tf.Tensor,
     steps: tf.Tensor,
     extra: Mapping[str, Any] | None = None,
+    look: Callable[[DecodeState, tf.Tensor], DecodeState] | None = None,
 ) -> DecodeState:
     """Generates token by token until all rows have ended, or for a number of steps.
 
@@ -230,6 +235,7 @@ def decode(
         uniform: As in `append_token`.
         steps: Int32 `[]`.
         extra: As in `prefill`.
+        look: What is done after each step, with the state and the lengths before. None: nothing.
 
     Returns:
         The state.
@@ -240,7 +246,9 @@ def decode(
         logits, cache = model(
             last_tokens(state), cache=state.cache, cache_index=state.lengths - 1, **(extra or {})
         )
-        return number + 1, append_token(state._replace(cache=cache), logits[:, 0], settings, uniform)
+        lengths = state.lengths
+        state = append_token(state._replace(cache=cache), logits[:, 0], settings, uniform)
+        return number + 1, state if look is None else look(state, lengths)
 
     def goes_on(number, state):
         return (number < steps) & tf.reduce_any(state.active)

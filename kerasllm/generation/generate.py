@@ -1,23 +1,75 @@
 """Prompt in, continuation out, as one TensorFlow graph: what is exported."""
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import tensorflow as tf
 
+from kerasllm.generation.checks import after, check_batch, check_texts, rule
 from kerasllm.generation.config import GenerationConfig
 from kerasllm.generation.decoding import append_token, decode, prefill
 from kerasllm.generation.processors import RowSettings, settings_arrays
 from kerasllm.generation.sampling import uniform_numbers
+from kerasllm.generation.stops import LONGEST_STOP_STRING, MOST_STOP_STRINGS, StopWatch, read_stop_strings
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
+from kerasllm.tokenizers.chat_graph import ChatEncoder
 
-# The inputs of `TextGenerator.generate_text`, and with these names of the exported signature.
-SIGNATURE = (
-    tf.TensorSpec([None], tf.string, name="prompt"),
+# What a request says of each prompt besides its text; with these names inputs of the exported signatures.
+KNOBS = (
     tf.TensorSpec([None], tf.int32, name="max_new_tokens"),
     tf.TensorSpec([None], tf.float32, name="temperature"),
     tf.TensorSpec([None], tf.int32, name="top_k"),
     tf.TensorSpec([None], tf.float32, name="top_p"),
+    tf.TensorSpec([None], tf.float32, name="min_p"),
+    tf.TensorSpec([None], tf.float32, name="repetition_penalty"),
     tf.TensorSpec([None], tf.int32, name="seed"),
+    tf.TensorSpec([None, None], tf.string, name="stop"),
 )
+# The inputs of `TextGenerator.generate_text`.
+SIGNATURE = (tf.TensorSpec([None], tf.string, name="prompt"), *KNOBS)
+_RULES = {
+    "temperature": ("be at least 0 and finite", lambda v: (v >= 0) & (v < float("inf"))),
+    "top_k": ("be at least 0", lambda v: v >= 0),
+    "top_p": ("be above 0 and at most 1", lambda v: (v > 0) & (v <= 1)),
+    "min_p": ("be at least 0 and at most 1", lambda v: (v >= 0) & (v <= 1)),
+    "repetition_penalty": ("be above 0 and finite", lambda v: (v > 0) & (v < float("inf"))),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most work that one request to an exported model may ask for.
+
+    Args:
+        max_batch_size: Most rows.
+        max_prompt_tokens: Most tokens of a prompt. None: what the context has room for.
+        max_new_tokens: Most new tokens of a row. None: what the context has room for.
+
+    Raises:
+        ValueError: If a limit is below 1.
+    """
+
+    max_batch_size: int = 256
+    max_prompt_tokens: int | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{field.name}` must be at least 1. Received: {field.name}={value}")
+
+    def within(self, context_length: int) -> "Limits":
+        """The same with a number for each, none above what the context has room for."""
+        longest = context_length if self.max_prompt_tokens is None else self.max_prompt_tokens
+        most = context_length if self.max_new_tokens is None else self.max_new_tokens
+        return dataclasses.replace(
+            self,
+            max_prompt_tokens=min(longest, context_length),
+            max_new_tokens=min(most, context_length),
+        )
 
 
 def batch_settings(config: GenerationConfig, count: int | tf.Tensor) -> dict[str, tf.Tensor]:
@@ -28,12 +80,16 @@ def batch_settings(config: GenerationConfig, count: int | tf.Tensor) -> dict[str
         count: Number of prompts.
 
     Returns:
-        The inputs of `SIGNATURE` after the prompt, by name and in order: tensors `[count]`.
+        The inputs of `SIGNATURE` after the prompt, by name and in order: tensors `[count]`, and the stop
+        strings `[count, any]`.
     """
-    return {
+    settings = {
         spec.name: tf.fill([count], tf.constant(getattr(config, spec.name), spec.dtype))
-        for spec in SIGNATURE[1:]
+        for spec in KNOBS
+        if spec.name != "stop"
     }
+    stop = tf.constant([text.encode() for text in config.stop_strings], tf.string)
+    return {**settings, "stop": tf.tile(stop[None], [count, 1])}
 
 
 def check_vocabularies(model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -45,43 +101,52 @@ def check_vocabularies(model: LanguageModel, tokenizer: Tokenizer) -> None:
         )
 
 
-def _rule(condition: tf.Tensor, message: str, *values: tf.Tensor) -> tf.Operation:
-    """Makes an op that fails with INVALID_ARGUMENT and one readable line unless all is true."""
-    text = tf.strings.format(message, values) if values else message
-    return tf.debugging.Assert(tf.reduce_all(condition), [text], summarize=-1)
-
-
-def _after(rules: list[tf.Operation], tensor):
-    """Returns `tensor` once the rules hold; without this, ops that need it would race the check."""
-    with tf.control_dependencies(rules):
-        return tf.nest.map_structure(tf.identity, tensor, expand_composites=True)
-
-
-class TextGenerator(tf.Module):
+class TextGenerator:
     """A causal language model and its tokenizer as graph functions from prompts to continuations.
 
     A row's result does not depend on its neighbours; but a row that breaks a rule, such as a prompt
-    longer than the context, fails the whole batch.
+    longer than the context, fails the whole batch. The functions share one graph for all but the way in.
 
     Args:
         model: The model.
         tokenizer: The tokenizer.
         config: What the signature has no input for, such as end tokens and penalties.
+        limits: The most that a request may ask for.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model, or `config` asks for what such a
             graph does not do.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, config: GenerationConfig | None = None):
-        super().__init__()
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        config: GenerationConfig | None = None,
+        limits: Limits | None = None,
+    ):
         check_vocabularies(model, tokenizer)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config or GenerationConfig()
-        for name in ("stop_strings", "num_beams", "penalty_alpha"):
+        self.limits = (limits or Limits()).within(model.config.context_length)
+        # Guesses change no result, only the time.
+        for name in ("num_beams", "penalty_alpha"):
             if (value := getattr(self.config, name)) != getattr(GenerationConfig, name):
                 raise ValueError(f"A graph cannot hold `{name}`. Received: {name}={value!r}")
+        stops = self.config.stop_strings
+        longest = max((len(stop.encode()) for stop in stops), default=0)
+        if len(stops) > MOST_STOP_STRINGS or longest > LONGEST_STOP_STRING:
+            raise ValueError(
+                f"A graph looks for at most {MOST_STOP_STRINGS} `stop_strings` of {LONGEST_STOP_STRING} "
+                f"bytes. Received: stop_strings={stops!r}"
+            )
+        numbers, ids = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, None], tf.int32)
+        self._generate = tf.function(
+            self._generate_ids, input_signature=[ids, numbers, *KNOBS], autograph=False
+        )
+
+    # The way in
 
     def encode_prompts(self, prompts: tf.Tensor) -> tf.RaggedTensor:
         """Tokenizes prompts and checks that the model can continue them.
@@ -90,133 +155,252 @@ class TextGenerator(tf.Module):
         the tokenizer puts around a text, such as one for its beginning, are put there.
 
         Args:
-            prompts: Strings `[batch]`.
+            prompts: Strings `[batch]`, UTF-8.
 
         Returns:
             Int32 `[batch, None]`, ragged.
         """
-        token_ids = self.tokenizer.tokenize(prompts, add_special_tokens=True)
+        prompts = check_texts("prompt", prompts, self.longest_text())
+        return self.check_prompts(self.tokenizer.tokenize(prompts, add_special_tokens=True))
+
+    def longest_text(self) -> int:
+        """The most bytes that are looked at of a text: longer ones cannot be short enough in tokens."""
+        tokenizer = self.tokenizer
+        longest = max(len(tokenizer.token_bytes(number)) for number in range(tokenizer.vocabulary_size))
+        return self.limits.max_prompt_tokens * max(longest, 16)
+
+    def check_prompts(self, token_ids: tf.RaggedTensor) -> tf.RaggedTensor:
+        """Checks the lengths of prompts, int32 `[batch, None]`, and returns them."""
         lengths = tf.cast(token_ids.row_lengths(), tf.int32)
-        context = self.model.config.context_length
+        context, limit = self.model.config.context_length, self.limits.max_prompt_tokens
+        shorter = (
+            f"shorter than the context of {context} tokens"
+            if self._continues_prompts and limit >= context
+            else f"of at most {limit} tokens"
+        )
+        fits = lengths < context if self._continues_prompts else lengths <= context
         rules = [
-            _rule(lengths > 0, "A prompt must hold at least one token. Received: an empty prompt."),
-            _rule(
-                lengths < context,
-                f"A prompt must be shorter than the context of {context} tokens. "
-                "Received: a prompt of {} tokens.",
+            rule(lengths > 0, "A prompt must hold at least one token. Received: an empty prompt."),
+            rule(
+                fits & (lengths <= limit),
+                f"A prompt must be {shorter}. Received: a prompt of {{}} tokens.",
                 tf.reduce_max(lengths),
             ),
         ]
-        return _after(rules, token_ids)
+        return after(rules, token_ids)
 
-    def generate_text(
-        self,
-        prompts: tf.Tensor,
-        max_new_tokens: tf.Tensor,
-        temperature: tf.Tensor,
-        top_k: tf.Tensor,
-        top_p: tf.Tensor,
-        seed: tf.Tensor,
-        fit_to_context: bool = False,
-    ) -> dict[str, tf.Tensor]:
+    # What an encoder-decoder does in another way
+
+    _continues_prompts = True
+
+    def _start(self, prompts: tf.Tensor, lengths: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, Mapping]:
+        """What the new tokens follow, their number, and further tensors for each call of the model."""
+        return prompts, lengths, {}
+
+    # The graph
+
+    def generate_text(self, prompt: tf.Tensor, **knobs: tf.Tensor) -> dict[str, tf.Tensor]:
         """Continues prompts.
 
         Args:
-            prompts: Strings `[batch]`.
-            max_new_tokens: Int32 `[batch]`.
-            temperature: Float32 `[batch]`.
-            top_k: Int32 `[batch]`.
-            top_p: Float32 `[batch]`.
-            seed: Int32 `[batch]`.
-            fit_to_context: Whether a `max_new_tokens` for which the context has no room is lowered to
-                what it has, and not an error. For numbers that the caller did not choose.
+            prompt: Strings `[batch]`.
+            **knobs: Those of `KNOBS`, all of them: `max_new_tokens`, `top_k` and `seed` int32 `[batch]`,
+                `temperature`, `top_p`, `min_p` and `repetition_penalty` float32 `[batch]`, `stop` strings
+                `[batch, any]`, see `read_stop_strings`.
 
         Returns:
-            `text`: strings `[batch]`, the continuation without special tokens; `token_ids`: int32
-            `[batch, longest]`, filled up with -1; `num_tokens`: int32 `[batch]`.
+            `text`: strings `[batch]`, the continuation without special tokens and the stop string;
+            `token_ids`: int32 `[batch, longest]`, without the end token, up to the one that completed a
+            stop string, filled up with -1; `num_tokens`: int32 `[batch]`; `finish_reason`: strings
+            `[batch]`, "stop" or "length", as in `Completion`; `logprobs`: float32 `[batch, longest]`, of
+            each token under the model itself, filled up with 0.
         """
-        count = tf.size(prompts)
-        settings = (max_new_tokens, temperature, top_k, top_p, seed)
-        rules = [_rule(count > 0, "There must be at least one prompt. Received: none.")]
-        for spec, value in zip(SIGNATURE[1:], settings, strict=True):
-            rule = f"`{spec.name}` must have one value per prompt. Received: {{}} values, {{}} prompts."
-            rules.append(_rule(tf.size(value) == count, rule, tf.size(value), count))
-        prompts, settings = _after(rules, (prompts, settings))
-        max_new_tokens, temperature, top_k, top_p, seed = settings
+        inputs = self.check_inputs({"prompt": prompt, **knobs})
+        token_ids = self.encode_prompts(inputs.pop("prompt"))
+        return self.continue_ids(token_ids, **inputs)
 
-        token_ids = self.encode_prompts(prompts)
-        if fit_to_context:
-            lengths = tf.cast(token_ids.row_lengths(), tf.int32)
-            max_new_tokens = tf.minimum(max_new_tokens, self.model.config.context_length - lengths)
-        generated, num_tokens = self.generate_ids(
-            token_ids, max_new_tokens, temperature, top_k, top_p, seed
-        )
-        ragged = tf.RaggedTensor.from_tensor(generated, lengths=num_tokens)
-        text = self.tokenizer.detokenize(ragged, skip_special_tokens=True, after=token_ids)
-        return {"text": text, "token_ids": generated, "num_tokens": num_tokens}
-
-    def _settings(self, count: tf.Tensor) -> RowSettings:
-        """The configuration for each of `count` rows."""
-        end_ids = self.config.end_ids(self.tokenizer.eos_id)
-        arrays = settings_arrays([self.config], [end_ids], self.model.config.vocabulary_size)
-        return RowSettings(*(None if a is None else tf.repeat(tf.constant(a), count, 0) for a in arrays))
-
-    def generate_ids(
-        self,
-        token_ids: tf.RaggedTensor,
-        max_new_tokens: tf.Tensor,
-        temperature: tf.Tensor,
-        top_k: tf.Tensor,
-        top_p: tf.Tensor,
-        seed: tf.Tensor,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Continues tokenized prompts until the end token or the row's `max_new_tokens`.
+    def generate_with_defaults(self, prompt: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Continues prompts as the configuration says, or for as many tokens as there is room for.
 
         Args:
-            token_ids: Int32 `[batch, None]`, ragged.
-            max_new_tokens: Int32 `[batch]`.
-            temperature: Float32 `[batch]`.
-            top_k: Int32 `[batch]`.
-            top_p: Float32 `[batch]`.
-            seed: Int32 `[batch]`.
+            prompt: Strings `[batch]`.
 
         Returns:
-            New ids, int32 `[batch, longest]`, without the end token, filled up with -1; and the number
-            of new ids of each row, int32 `[batch]`.
+            As `generate_text`.
+        """
+        prompt = self.check_inputs({"prompt": prompt})["prompt"]
+        token_ids = self.encode_prompts(prompt)
+        return self.continue_ids(
+            token_ids, **self.fit(token_ids, batch_settings(self.config, tf.size(prompt)))
+        )
+
+    def generate_alike(self, prompt: tf.Tensor, knobs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Continues prompts with the same settings for all.
+
+        Args:
+            prompt: Strings `[batch]`.
+            knobs: Each of `KNOBS` without its first axis. 0 for `max_new_tokens` stands for as many as the
+                configuration says and there is room for.
+
+        Returns:
+            As `generate_text`.
+        """
+        prompt = self.check_inputs({"prompt": prompt})["prompt"]
+        knobs = {spec.name: tf.ensure_shape(knobs[spec.name], spec.shape[1:]) for spec in KNOBS}
+        count = tf.size(prompt)
+        knobs = {name: tf.repeat(value[None], count, axis=0) for name, value in knobs.items()}
+        token_ids = self.encode_prompts(prompt)
+        default = self.fit(token_ids, batch_settings(self.config, count))["max_new_tokens"]
+        most = knobs["max_new_tokens"]
+        return self.continue_ids(
+            token_ids, **{**knobs, "max_new_tokens": tf.where(most == 0, default, most)}
+        )
+
+    def answer_chats(
+        self, encoder: ChatEncoder, roles: tf.Tensor, contents: tf.Tensor, num_turns: tf.Tensor, **knobs
+    ) -> dict[str, tf.Tensor]:
+        """Answers in conversations.
+
+        Args:
+            encoder: The tokenizer's.
+            roles: Strings `[batch, turns]`: who says each message.
+            contents: Strings `[batch, turns]`, UTF-8: the messages, of which no part is ever taken for a
+                special token.
+            num_turns: Int32 `[batch]`: how many messages each conversation has; what stands behind them
+                does not count, whatever it is.
+            **knobs: As in `generate_text`.
+
+        Returns:
+            As `generate_text`.
+        """
+        inputs = {"roles": roles, "contents": contents, "num_turns": num_turns, **knobs}
+        inputs = self.check_inputs(inputs, roles=2, contents=2)
+        roles, contents, num_turns = (inputs.pop(name) for name in ("roles", "contents", "num_turns"))
+        turns, width = tf.shape(roles)[1], tf.shape(contents)[1]
+        message = "`roles` and `contents` must be of one shape. Received: {} and {} messages in a row."
+        num_turns = after([rule(turns == width, message, turns, width)], num_turns)
+        message = "`num_turns` must be from 1 to the messages that a row has room for, {}. Received: {}."
+        rules = [rule((num_turns >= 1) & (num_turns <= turns), message, turns, num_turns)]
+        contents = after(rules, check_texts("contents", contents, self.longest_text()))
+        rules = [
+            rule(holds, f"{text} Received: {{}}.", wrong)
+            for holds, text, wrong in encoder.problems(roles, contents, num_turns)
+        ]
+        roles, contents, num_turns = after(rules, (roles, contents, num_turns))
+        token_ids = self.check_prompts(encoder(roles, contents, num_turns))
+        return self.continue_ids(token_ids, **inputs)
+
+    def check_inputs(self, inputs: dict[str, tf.Tensor], **ranks: int) -> dict[str, tf.Tensor]:
+        """Checks the shapes of a request's inputs, as `check_batch`."""
+        return check_batch(inputs, self.limits.max_batch_size, {"stop": 2, **ranks})
+
+    def fit(self, token_ids: tf.RaggedTensor, knobs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Lowers a `max_new_tokens` that the caller did not choose to what there is room for."""
+        room = tf.fill([token_ids.nrows(tf.int32)], self.limits.max_new_tokens)
+        if self._continues_prompts:
+            lengths = tf.cast(token_ids.row_lengths(), tf.int32)
+            room = tf.minimum(room, self.model.config.context_length - lengths)
+        return {**knobs, "max_new_tokens": tf.minimum(knobs["max_new_tokens"], room)}
+
+    def continue_ids(self, token_ids: tf.RaggedTensor, **knobs: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Continues tokenized prompts.
+
+        Args:
+            token_ids: Int32 `[batch, None]`, checked by `check_prompts`.
+            **knobs: As in `generate_text`.
+
+        Returns:
+            As `generate_text`.
         """
         lengths = tf.cast(token_ids.row_lengths(), tf.int32)
-        context = self.model.config.context_length
-        too_many = max_new_tokens > context - lengths  # a sum could overflow
+        return self._generate(token_ids.to_tensor(0), lengths, *(knobs[spec.name] for spec in KNOBS))
+
+    def _settings(self, count: tf.Tensor, knobs: Mapping[str, tf.Tensor]) -> RowSettings:
+        """The knobs of `count` rows, and the configuration for what is none."""
+        end_ids = self.config.end_ids(self.tokenizer.eos_id)
+        # A penalty that is no neutral one brings in all settings that a graph may leave out.
+        config = dataclasses.replace(self.config, repetition_penalty=2.0)
+        arrays = settings_arrays([config], [end_ids], self.model.config.vocabulary_size)
+        rows = RowSettings(*(None if a is None else tf.repeat(tf.constant(a), count, 0) for a in arrays))
+        # The configuration's own number of tokens before which a text does not end is not above the limit.
+        least = tf.minimum(rows.min_new_tokens, knobs["max_new_tokens"])
+        return rows._replace(
+            **{name: value for name, value in knobs.items() if name in RowSettings._fields},
+            min_new_tokens=least,
+        )
+
+    def _check_knobs(self, lengths: tf.Tensor, knobs: Mapping[str, tf.Tensor]) -> list[tf.Operation]:
+        context, limit = self.model.config.context_length, self.limits.max_new_tokens
+        most = knobs["max_new_tokens"]
+        too_many = most > context - lengths  # a sum could overflow
         rules = [
-            _rule(
+            rule(
                 ~too_many,
                 f"Prompt and `max_new_tokens` together must fit into the context of {context} tokens. "
                 "Received: a prompt of {} tokens, max_new_tokens={}.",
                 tf.reduce_max(tf.where(too_many, lengths, 0)),
-                tf.reduce_max(tf.where(too_many, max_new_tokens, 0)),
-            )
+                tf.reduce_max(tf.where(too_many, most, 0)),
+            ),
+            rule(most >= 1, "`max_new_tokens` must be at least 1. Received: {}.", most),
+            rule(most <= limit, f"`max_new_tokens` must be at most {limit}. Received: {{}}.", most),
         ]
-        for name, value, holds, rule in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "be at least 1"),
-            ("temperature", temperature, temperature >= 0, "be at least 0"),
-            ("top_k", top_k, top_k >= 0, "be at least 0"),
-            ("top_p", top_p, (top_p > 0) & (top_p <= 1), "be above 0 and at most 1"),
-        ):
-            rules.append(_rule(holds, f"`{name}` must {rule}. Received: {{}}.", value))
-        token_ids, max_new_tokens = _after(rules, (token_ids, max_new_tokens))
+        for name, (text, holds) in _RULES.items():
+            message = f"`{name}` must {text}. Received: {{}}."
+            rules.append(rule(holds(knobs[name]), message, knobs[name]))
+        return rules
 
-        steps = tf.reduce_max(max_new_tokens)
-        uniform = uniform_numbers(seed, steps)
-        prompts = token_ids.to_tensor(0)
-        settings = self._settings(tf.size(lengths))._replace(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
+    def _generate_ids(
+        self, prompts: tf.Tensor, prompt_lengths: tf.Tensor, *values: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """From ids `[batch, longest]` to what `generate_text` returns."""
+        knobs = {spec.name: value for spec, value in zip(KNOBS, values, strict=True)}
+        stops = read_stop_strings(knobs.pop("stop"))
+        begin, lengths, extra = self._start(prompts, prompt_lengths)
+        knobs = after(self._check_knobs(lengths, knobs), knobs)
+        most = knobs["max_new_tokens"]
+        steps = tf.reduce_max(most)
+        uniform = uniform_numbers(knobs["seed"], steps)
+        settings = self._settings(tf.size(lengths), knobs)
+        before = tf.RaggedTensor.from_tensor(
+            begin, lengths=lengths if self._continues_prompts else 0 * lengths
         )
-        logits, state = prefill(self.model, prompts, lengths, tf.shape(prompts)[1] + steps)
-        state = append_token(state, logits, settings, uniform)
-        state = decode(self.model, state, settings, uniform, steps)
+        watch = StopWatch(self.tokenizer.decoder, stops)
 
+        room = tf.reduce_max(lengths + most)
+        logits, state = prefill(self.model, begin, lengths, room, num_log_probabilities=0, extra=extra)
+        state = state._replace(texts=watch.start(before))
+        state = watch.look(append_token(state, logits, settings, uniform), lengths)
+        state = decode(self.model, state, settings, uniform, steps, extra, watch.look)
+
+        end = watch.finish(state).end
         counts = state.lengths - lengths
         columns = tf.range(tf.reduce_max(counts))[None]
         places = tf.minimum(lengths[:, None] + columns, tf.shape(state.sequences)[1] - 1)
-        generated = tf.gather(state.sequences, places, batch_dims=1)
-        return tf.where(columns < counts[:, None], generated, -1), counts
+        is_new = columns < counts[:, None]
+        token_ids = tf.where(is_new, tf.gather(state.sequences, places, batch_dims=1), -1)
+        logprobs = tf.gather(state.log_probabilities.chosen, places, batch_dims=1)
+        text = self.tokenizer.detokenize(token_ids, skip_special_tokens=True, after=before)
+        sizes = tf.where(end < 0, tf.strings.length(text), end)
+        ended = (end >= 0) | (counts < most)
+        return {
+            "text": tf.strings.substr(text, tf.zeros_like(sizes), sizes),
+            "token_ids": token_ids,
+            "num_tokens": counts,
+            "finish_reason": tf.where(ended, "stop", "length"),
+            "logprobs": tf.where(is_new, logprobs, 0.0),
+        }
+
+
+class AnswerGenerator(TextGenerator):
+    """As `TextGenerator`, of an encoder-decoder: prompts are sources, and a new text answers each."""
+
+    _continues_prompts = False
+
+    def _start(
+        self, prompts: tf.Tensor, lengths: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, Mapping[str, Any]]:
+        mask = tf.sequence_mask(lengths, tf.shape(prompts)[1], tf.int32)
+        memory_cache = self.model.make_memory_cache(self.model.encode(prompts, mask))
+        ones = tf.ones_like(lengths)
+        start = ones[:, None] * self.model.config.decoder_start_id
+        return start, ones, {"memory_cache": memory_cache, "memory_mask": mask}

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from kerasllm.generation.checks import after, check_texts, rule
 from kerasllm.generation.decoding import DecodeState, last_tokens
-from kerasllm.tokenizers import Decoder, StreamState
+from kerasllm.tokenizers.decoding import Decoder, StreamState
 
 # What a request may have at most: the work of a step grows with both.
 MOST_STOP_STRINGS = 16
@@ -104,13 +104,15 @@ class StopWatch:
     Args:
         decoder: The tokenizer's.
         stops: The stop strings.
+        always: Whether the texts are read where no row has a stop string, too.
     """
 
-    def __init__(self, decoder: Decoder, stops: StopStrings):
+    def __init__(self, decoder: Decoder, stops: StopStrings, always: bool = False):
         self._decoder = decoder
         self._stops = stops
-        self._longest = tf.reduce_max(tf.pad(stops.lengths, [[0, 0], [0, 1]]))
-        self._is_needed = self._longest > 0
+        longest = tf.reduce_max(tf.pad(stops.lengths, [[0, 0], [0, 1]]))
+        self._is_needed = tf.constant(True) if always else longest > 0
+        self._longest = tf.maximum(longest, 1)
 
     def start(self, before: tf.RaggedTensor) -> RowTexts:
         """Begins.
@@ -145,27 +147,27 @@ class StopWatch:
         texts, active = tf.cond(self._is_needed, read, lambda: (state.texts, state.active))
         return state._replace(texts=texts, active=active)
 
-    def finish(self, state: DecodeState) -> tf.Tensor:
+    def finish(self, state: DecodeState) -> RowTexts:
         """Takes note that no token comes any more.
 
         Args:
             state: The state.
 
         Returns:
-            Int32 `[batch]`, see `RowTexts.end`.
+            The texts to the end.
         """
 
         def read():
             last = tf.where(state.texts.end < 0, self._decoder.end_stream(state.texts.stream), "")
-            return self._extend(state.texts, last).end
+            return self._extend(state.texts, last)
 
-        return tf.cond(self._is_needed, read, lambda: state.texts.end)
+        return tf.cond(self._is_needed, read, lambda: state.texts)
 
     def _extend(self, rows: RowTexts, new: tf.Tensor) -> RowTexts:
         """Adds to the texts and looks for stop strings where one may have become complete."""
         text = rows.text + new
-        start = tf.maximum(tf.strings.length(rows.text) - (self._longest - 1), 0)
         end = tf.strings.length(text)
+        start = tf.maximum(end - tf.strings.length(new) - (self._longest - 1), 0)
         found = find_stops(tf.strings.substr(text, start, end - start), self._stops)
         is_new = (found >= 0) & (rows.end < 0)
         return rows._replace(text=text, end=tf.where(is_new, start + found, rows.end))

@@ -11,6 +11,7 @@ import keras
 
 from kerasllm.checkpoints import Checkpoint, load_checkpoint, save_folder
 from kerasllm.files import new_file
+from kerasllm.generation import Limits
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
@@ -150,6 +151,29 @@ class Task(keras.Model):
             The folder.
         """
         return save_folder(folder, self.model, self.tokenizer, self._generation_settings())
+
+    def export(self, path: str | os.PathLike, **limits: int | None) -> pathlib.Path:
+        """Writes the model as a SavedModel that reads text and runs without kerasllm.
+
+        Args:
+            path: The folder; for TensorFlow Serving a version number below the model's folder, such as
+                `served/my_model/1`.
+            **limits: Fields of `kerasllm.generation.Limits`: the most that a request may ask for.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileExistsError: If `path` exists.
+            ValueError: If the model has no tokenizer or an argument does not fit.
+        """
+        require_tensorflow("An export")
+        self._require_tokenizer()
+        return self._export(path, Limits(**limits))
+
+    def _export(self, path: str | os.PathLike, limits: Limits) -> pathlib.Path:
+        """Writes the SavedModel of a kind of task."""
+        raise NotImplementedError
 
     def _generation_settings(self) -> dict[str, Any] | None:
         """What generation_config.json says, or None for a task that does not generate."""

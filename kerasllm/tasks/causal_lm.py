@@ -203,7 +203,8 @@ class CausalLM(TokenTraining, GeneratingTask):
         Args:
             path: `….tflite` for LiteRT, otherwise the folder of a SavedModel; for TensorFlow Serving a
                 version number below the model's folder, such as `served/my_model/1`.
-            **kwargs: As in `kerasllm.export.export_litert`.
+            **kwargs: As in `kerasllm.export.export_saved_model`, such as the limits of a request, or in
+                `kerasllm.export.export_litert`.
 
         Returns:
             The path.

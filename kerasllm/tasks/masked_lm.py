@@ -9,6 +9,9 @@ import tensorflow as tf
 from keras import ops
 
 from kerasllm.data import masked_lm_dataset
+from kerasllm.export import export_masked_lm
+from kerasllm.generation import Limits
+from kerasllm.generation.checks import after, check_batch, rule
 from kerasllm.tasks.texts import TextTask, holds_texts
 from kerasllm.training import TokenTraining
 
@@ -162,6 +165,53 @@ class MaskedLM(TokenTraining, TextTask):
                 for place in places[number]
             ]
         return results[0] if single else results
+
+    def _export(self, path, limits):
+        tokenizer = self.tokenizer
+        if tokenizer.mask_id is None:
+            raise ValueError("Filling masks needs a tokenizer with a mask token, and this one has none.")
+        return export_masked_lm(
+            self.model,
+            tokenizer,
+            path,
+            lambda text, top_k: self._fill_in_graph(text, top_k, limits),
+            limits.within(self.model.config.context_length),
+        )
+
+    def _fill_in_graph(self, text: tf.Tensor, top_k: tf.Tensor, limits: Limits) -> dict[str, tf.Tensor]:
+        """What `fill_mask` finds, of texts and numbers `[batch]`.
+
+        Returns:
+            `num_masks`: int32 `[batch]`; `token_ids`: int32 `[batch, most masks, most candidates]`, the
+            likeliest first, filled up with -1; `tokens`: strings, their texts; `probabilities`: float32.
+        """
+        tokenizer, size = self.tokenizer, self.tokenizer.vocabulary_size
+        inputs = check_batch({"text": text, "top_k": top_k}, limits.max_batch_size, {})
+        text, top_k = inputs.values()
+        message = f"`top_k` must be from 1 to {size}. Received: {{}}."
+        top_k = after([rule((top_k >= 1) & (top_k <= size), message, top_k)], top_k)
+        arguments = self._encode_in_graph(text, parse_special=True, limits=limits)
+        is_mask = (arguments["token_ids"] == tokenizer.mask_id) & (arguments["attention_mask"] == 1)
+        counts = tf.reduce_sum(tf.cast(is_mask, tf.int32), axis=1)
+        message = f"A text must have the mask token {tokenizer.mask_token}. Received: one without."
+        counts = after([rule(counts > 0, message)], counts)
+        hidden = tf.boolean_mask(self.model(**arguments, with_head=False), is_mask)
+        scores = tf.nn.softmax(tf.cast(self.model.score_tokens(hidden), tf.float32))
+        # A model may have more rows than the tokenizer has tokens; those mean nothing.
+        best, ids = tf.math.top_k(scores[:, :size], tf.reduce_max(top_k))
+        wanted = tf.sequence_mask(tf.repeat(top_k, counts), tf.shape(ids)[1])
+        ids, best = tf.where(wanted, ids, -1), tf.where(wanted, best, 0.0)
+        texts = tokenizer.detokenize(tf.reshape(ids, [-1, 1]), skip_special_tokens=False)
+
+        def in_rows(values, default):
+            return tf.RaggedTensor.from_row_lengths(values, counts).to_tensor(default)
+
+        return {
+            "tokens": in_rows(tf.reshape(texts, tf.shape(ids)), ""),
+            "token_ids": in_rows(ids, -1),
+            "probabilities": in_rows(best, 0.0),
+            "num_masks": counts,
+        }
 
     def _probabilities(self, inputs: dict[str, np.ndarray]) -> tf.Tensor:
         if "probabilities" not in self._functions:

@@ -1,5 +1,7 @@
 """A model that reads one text and writes another: translation, summaries, answers."""
 
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,9 +10,10 @@ import tensorflow as tf
 
 from kerasllm.checkpoints import Checkpoint
 from kerasllm.data.batching import finish_dataset, for_each_pass, pass_seeds, shuffle_values
+from kerasllm.export import export_saved_model
 from kerasllm.generation import GenerationConfig
 from kerasllm.models import LanguageModel
-from kerasllm.tasks.base import Task
+from kerasllm.tasks.base import Task, require_tensorflow
 from kerasllm.tasks.generation import GeneratingTask
 from kerasllm.training import TokenTraining
 
@@ -205,3 +208,10 @@ class Seq2SeqLM(TokenTraining, GeneratingTask):
     @tf.function(reduce_retracing=True, autograph=False)
     def _encode(self, source_ids: tf.Tensor, mask: tf.Tensor):
         return self.model.make_memory_cache(self.model.encode(source_ids, mask))
+
+    # Export
+
+    def export(self, path: str | os.PathLike, **limits: int | None) -> pathlib.Path:
+        require_tensorflow("An export")
+        tokenizer = self._require_tokenizer()
+        return export_saved_model(self.model, tokenizer, path, self.generation_config, **limits)

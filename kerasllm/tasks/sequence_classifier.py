@@ -9,6 +9,8 @@ import tensorflow as tf
 from keras import ops
 
 from kerasllm.data import padded_batches
+from kerasllm.export import export_classifier
+from kerasllm.generation import Limits
 from kerasllm.models import LanguageModel
 from kerasllm.tasks.texts import Text, TextTask
 from kerasllm.tokenizers import Tokenizer
@@ -123,6 +125,32 @@ class SequenceClassifier(Training, TextTask):
         for number, row in self._run(self._functions["scores"], rows, batch_size):
             scores[number] = row
         return scores
+
+    def _export(self, path, limits):
+        return export_classifier(
+            self.model,
+            self.tokenizer,
+            path,
+            lambda text, second_text=None: self._classify_in_graph(text, second_text, limits),
+            limits.within(self.model.config.context_length),
+        )
+
+    def _classify_in_graph(
+        self, text: tf.Tensor, second_text: tf.Tensor | None, limits: Limits
+    ) -> dict[str, tf.Tensor]:
+        """What `classify` finds, of texts or pairs `[batch]`.
+
+        Returns:
+            `label`: strings `[batch]`, the best; `probabilities`: float32 `[batch, labels]`. In a
+            regression only `scores`: float32 `[batch, labels]`, the numbers.
+        """
+        arguments = self._encode_in_graph(text, second_text, limits=limits)
+        scores = tf.cast(self(arguments), tf.float32)
+        if self.problem_type == "regression":
+            return {"scores": scores}
+        labels = tf.constant([label.encode() for label in self.model.config.labels])
+        squash = tf.sigmoid if self.problem_type == "multi_label_classification" else tf.nn.softmax
+        return {"label": tf.gather(labels, tf.argmax(scores, axis=-1)), "probabilities": squash(scores)}
 
     # Training
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 
 from kerasllm.checkpoints import Checkpoint, load_checkpoint, save_folder
 from kerasllm.checkpoints.folder import read_json
 from kerasllm.checkpoints.load import find_checkpoint
+from kerasllm.export import export_embedder
+from kerasllm.generation import Limits
 from kerasllm.models import LanguageModel
 from kerasllm.tasks.texts import TextTask
 from kerasllm.tokenizers import Tokenizer
@@ -162,6 +165,31 @@ class TextEmbedder(TextTask):
             for rows in (np.atleast_2d(np.asarray(v, "float32")) for v in (vectors, others))
         )
         return unit @ other_unit.T
+
+    def _export(self, path, limits):
+        more = {"pooling": self.pooling, "normalize": self.normalize, "max_length": self.max_length}
+        prompts = {"prompts": dict(self.prompts), "default_prompt": self.default_prompt}
+        return export_embedder(
+            self.model,
+            self.tokenizer,
+            path,
+            lambda text: self._embed_in_graph(text, limits),
+            limits.within(self.model.config.context_length),
+            {**more, **prompts},
+        )
+
+    def _embed_in_graph(self, text: tf.Tensor, limits: Limits) -> dict[str, tf.Tensor]:
+        """What `encode` makes of texts `[batch]`, with the default prompt before them.
+
+        Returns:
+            `embedding`: float32 `[batch, dim]`; `normalized_embedding`: the same, scaled to length 1.
+        """
+        if self.default_prompt is not None:
+            text = self.prompts[self.default_prompt] + text
+        arguments = self._encode_in_graph(text, max_length=self.max_length, limits=limits)
+        vectors = self(arguments)
+        lengths = tf.maximum(tf.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        return {"embedding": vectors, "normalized_embedding": vectors / lengths}
 
     # Files
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from kerasllm.generation import Limits
+from kerasllm.generation.checks import after, check_batch, check_texts, rule
 from kerasllm.models import LanguageModel
 from kerasllm.tasks.base import Task, require_tensorflow
 from kerasllm.tokenizers import Tokenizer
@@ -71,6 +73,58 @@ class TextTask(Task):
             if self._has_token_types:
                 inputs["token_type_ids"][number, : len(ids)] = type_ids
         return inputs
+
+    def _encode_in_graph(
+        self,
+        texts: tf.Tensor,
+        second_texts: tf.Tensor | None = None,
+        max_length: int | None = None,
+        parse_special: bool = False,
+        limits: Limits | None = None,
+    ) -> dict[str, tf.Tensor]:
+        """The arguments of the model for texts or pairs `[batch]`, as `_encode` and `_pad` make them.
+
+        What does not fit is an INVALID_ARGUMENT when the graph runs; with a `max_length` texts are cut.
+        """
+        tokenizer, context = self._require_tokenizer(), self.model.config.context_length
+        limits = (limits or Limits()).within(context)
+        most = limits.max_prompt_tokens
+        sizes = (len(tokenizer.token_bytes(number)) for number in range(tokenizer.vocabulary_size))
+        longest = most * max(16, max(sizes))
+        inputs = {"text": texts} | ({} if second_texts is None else {"second_text": second_texts})
+        inputs = check_batch(inputs, limits.max_batch_size, {})
+        # Of what is cut off, any length may be sent.
+        longest = longest if max_length is None else 2**31 - 1
+        parts = [
+            tokenizer.tokenize(check_texts(name, text, longest), parse_special)
+            for name, text in inputs.items()
+        ]
+        if max_length is not None:
+            if len(parts) > 1:
+                raise ValueError("Pairs of texts are not cut in a graph: leave `max_length` out.")
+            room = max_length - _count_special(tokenizer, 1)
+            if room < 1:
+                raise ValueError(
+                    "`max_length` must leave room for text beside the special tokens. "
+                    f"Received: max_length={max_length}, {max_length - room} special tokens"
+                )
+            parts = [parts[0][:, :room]]
+        ids, type_ids = tokenizer.with_special_tokens(*parts)
+        lengths = tf.cast(ids.row_lengths(), tf.int32)
+        rules = [
+            rule(lengths > 0, "A text must have a token at least. Received: an empty text."),
+            rule(
+                lengths <= most,
+                f"A text must be of at most {most} tokens. Received: {{}} tokens.",
+                tf.reduce_max(lengths),
+            ),
+        ]
+        ids, type_ids = after(rules, (ids, type_ids))
+        inputs = {
+            "token_ids": ids.to_tensor(self._padding_id),
+            "attention_mask": tf.sequence_mask(lengths, dtype=tf.int32),
+        }
+        return inputs | ({"token_type_ids": type_ids.to_tensor(0)} if self._has_token_types else {})
 
     @property
     def _padding_id(self) -> int:

@@ -12,6 +12,7 @@ import tensorflow as tf
 from kerasllm.files import write_json, write_text
 from kerasllm.tokenizers.added_tokens import AddedToken, AddedTokens, Stretches
 from kerasllm.tokenizers.chat import BUILT_IN_TEMPLATES, ChatTemplate, Shield
+from kerasllm.tokenizers.chat_graph import ChatEncoder, find_chat_form
 from kerasllm.tokenizers.decoding import Decoder
 from kerasllm.tokenizers.folder import chat_templates_of, read_folder
 from kerasllm.tokenizers.json_fields import field, parse_object
@@ -326,6 +327,39 @@ class Tokenizer(tf.Module):
         prompt = template.render(shield.protect_messages(messages), **(named | protected))
         ids = self._graph_functions.tokenize_shielded(tf.constant([shield.to_bytes(prompt)]))
         return ids.values.numpy().tolist()
+
+    def make_chat_encoder(self, chat_template: str | None = None) -> ChatEncoder:
+        """Makes what `encode_chat` does, with `add_generation_prompt`, a function of a graph.
+
+        Args:
+            chat_template: As in `encode_chat`. None: the tokenizer's.
+
+        Returns:
+            The function, whose ids are those of `encode_chat`.
+
+        Raises:
+            ValueError: If there is no template, or one that does more than a graph can do.
+        """
+        template, named, _ = self._chat_template_of({"chat_template": chat_template})
+        if self._respelled.value:
+            raise ValueError(
+                "A chat needs special tokens that stay as they are when text is normalized. Received: "
+                f"{self._respelled.value}"
+            )
+        if "strftime_now" in template.source:
+            raise ValueError("A template in a graph must not depend on the day. Received: one that does")
+        shield = Shield(list(self.special_tokens))
+
+        def render(roles: Sequence[str], contents: Sequence[str]) -> str | None:
+            pairs = zip(roles, contents, strict=True)
+            messages = [{"role": role, "content": content} for role, content in pairs]
+            try:
+                return template.render(messages, add_generation_prompt=True, **named)
+            except ValueError:
+                return None
+
+        form = find_chat_form(render, shield.protect)
+        return ChatEncoder(form, list(self.special_tokens), self._graph_functions.tokenize_shielded)
 
     def _chat_template_of(
         self, options: dict[str, Any]

@@ -60,7 +60,10 @@ def test_each_row_has_its_own_settings(causal_lm):
         temperature=tf.constant([0.0, 0.0, 1.5, 1.5]),
         top_k=tf.constant([0, 0, 0, 1]),
         top_p=tf.constant([1.0] * 4),
+        min_p=tf.constant([0.0] * 4),
+        repetition_penalty=tf.constant([1.0] * 4),
         seed=tf.constant([0, 0, 1, 1]),
+        stop=tf.constant([[""]] * 4),
     )
     counts = outputs["num_tokens"].numpy()
     ids = [row[:count].tolist() for row, count in zip(outputs["token_ids"].numpy(), counts, strict=True)]

@@ -1,0 +1,257 @@
+"""Continuous batching: rows that come and go, on variables inside of the module."""
+
+import tensorflow as tf
+
+from kerasllm.generation.checks import after, rule
+from kerasllm.generation.decoding import DecodeState, append_token, decode, pad_to, prefill
+from kerasllm.generation.generate import KNOBS, TextGenerator
+from kerasllm.generation.processors import RowSettings
+from kerasllm.generation.sampling import uniform_numbers
+from kerasllm.generation.stops import (
+    LONGEST_STOP_STRING,
+    MOST_STOP_STRINGS,
+    StopStrings,
+    StopWatch,
+    read_stop_strings,
+)
+
+
+class SlotDecoder(tf.Module):
+    """Rows of a batch that are filled, stepped and freed one by one.
+
+    `reset` comes first and makes the memory, which no file holds. All functions return the same report of
+    all slots: `active`: booleans `[slots]`; `num_tokens`: int32 `[slots]`, new tokens so far; `token_ids`:
+    int32 `[slots, longest]`, these, filled up with -1; `finish_reason`: strings `[slots]`, empty while a
+    slot is active or free; `text`: strings `[slots]`, of an active slot what is final, which a stop string
+    may yet end before.
+
+    Args:
+        generator: The model with its tokenizer, configuration and limits.
+        slots: How many rows.
+        length: Most tokens of prompt and continuation in a slot. None: the model's context.
+
+    Raises:
+        ValueError: If a number does not fit.
+    """
+
+    def __init__(self, generator: TextGenerator, slots: int, length: int | None = None):
+        super().__init__()
+        context = generator.model.config.context_length
+        length = context if length is None else length
+        if slots < 1 or not 2 <= length <= context:
+            raise ValueError(
+                f"There must be at least one slot, of 2 to {context} tokens. "
+                f"Received: slots={slots}, slot_length={length}"
+            )
+        self._plain = (generator, slots, length)  # Out of TensorFlow's object tracking.
+        specs = self._trace()
+        # No rows until `reset`, so that a file has none of them.
+        self.memory = [
+            tf.Variable(tf.zeros([0, *spec.shape[1:]], spec.dtype), shape=[None, *spec.shape[1:]])
+            if spec.dtype != tf.string
+            else tf.Variable(tf.fill([0], ""), shape=[None])
+            for spec in specs
+        ]
+        scalar = tf.TensorSpec([], tf.int32, name="slot")
+        knobs = [tf.TensorSpec(knob.shape[1:], knob.dtype, name=knob.name) for knob in KNOBS]
+        self.reset = tf.function(self._reset, input_signature=[], autograph=False)
+        self.insert = tf.function(
+            self._insert,
+            input_signature=[scalar, tf.TensorSpec([None], tf.int32, name="token_ids"), *knobs],
+            autograph=False,
+        )
+        self.step = tf.function(
+            self._step, input_signature=[tf.TensorSpec([], tf.int32, name="steps")], autograph=False
+        )
+        self.free = tf.function(self._free, input_signature=[scalar], autograph=False)
+
+    # The memory is a flat list of variables; a row's part of it, and the whole, is this structure.
+
+    def _begin(self, token_ids: tf.Tensor, *values: tf.Tensor):
+        """A row `[1, ...]` after its first token: state, settings, stop strings, random numbers."""
+        generator, _, length = self._plain
+        knobs = {spec.name: value[None] for spec, value in zip(KNOBS, values, strict=True)}
+        stops = read_stop_strings(knobs.pop("stop"))
+        lengths = tf.shape(token_ids)  # one row
+        knobs = after(generator._check_knobs(lengths, knobs), knobs)
+        uniform = uniform_numbers(knobs["seed"], tf.constant(length))
+        settings = generator._settings(tf.constant(1), knobs)
+        before = tf.RaggedTensor.from_tensor(token_ids[None])
+        watch = StopWatch(generator.tokenizer.decoder, stops, always=True)
+        logits, state = prefill(
+            generator.model, token_ids[None], lengths, tf.constant(length), num_log_probabilities=0
+        )
+        state = state._replace(texts=watch.start(before))
+        state = watch.look(append_token(state, logits, settings, uniform), lengths)
+        padded = pad_to(stops.bytes, tf.constant(LONGEST_STOP_STRING), axis=2)
+        most = tf.constant(MOST_STOP_STRINGS)
+        stops = StopStrings(pad_to(padded, most, axis=1), pad_to(stops.lengths, most, axis=1))
+        return state, _without_none(settings), stops, uniform
+
+    def _trace(self) -> list[tf.TensorSpec]:
+        """The specs of the memory, in order."""
+        knobs = [tf.TensorSpec(knob.shape[1:], knob.dtype) for knob in KNOBS]
+        begin = tf.function(self._begin, autograph=False)
+        traced = begin.get_concrete_function(tf.TensorSpec([None], tf.int32), *knobs)
+        self._structure = (traced.structured_outputs,)
+        generator, slots, length = self._plain
+        specs = []
+        caches = iter(tf.nest.flatten(generator.model.make_cache(1, length)))
+        state, settings, stops, uniform = traced.structured_outputs
+        shapes = {
+            id(state.sequences): [length],
+            id(state.log_probabilities.chosen): [length],
+            id(state.log_probabilities.top_ids): [length, 0],
+            id(state.log_probabilities.top): [length, 0],
+            id(stops.bytes): [MOST_STOP_STRINGS, LONGEST_STOP_STRING],
+            id(stops.lengths): [MOST_STOP_STRINGS],
+            id(uniform): [length],
+            **{id(part): list(next(caches).shape[1:]) for part in tf.nest.flatten(state.cache)},
+        }
+        for tensor in tf.nest.flatten(traced.structured_outputs):
+            shape = shapes.get(id(tensor), list(tensor.shape[1:]))
+            specs.append(tf.TensorSpec([slots, *shape], tensor.dtype))
+        return specs
+
+    def _read(self):
+        generator, slots, _ = self._plain
+        ready = rule(
+            tf.shape(self.memory[0])[0] == slots, "The slots must be made by `reset` before they are used."
+        )
+        with tf.control_dependencies([ready]):
+            return self._packed([variable.read_value() for variable in self.memory])
+
+    def _packed(self, values: list[tf.Tensor]):
+        state, settings, stops, uniform = tf.nest.pack_sequence_as(self._structure[0], values)
+        return state, RowSettings(**settings), stops, uniform
+
+    def _specs(self) -> list[list[int]]:
+        slots = self._plain[1]
+        return [[slots, *variable.shape[1:]] for variable in self.memory]
+
+    def _write(self, state, settings, stops, uniform) -> None:
+        values = tf.nest.flatten((state, _without_none(settings), stops, uniform))
+        for variable, value in zip(self.memory, values, strict=True):
+            variable.assign(value)
+
+    # The functions
+
+    def _reset(self) -> dict[str, tf.Tensor]:
+        """Makes the memory, and frees all slots."""
+        empty = [
+            tf.fill(shape, "") if variable.dtype == tf.string else tf.zeros(shape, variable.dtype)
+            for variable, shape in zip(self.memory, self._specs(), strict=True)
+        ]
+        state, *rest = self._packed(empty)
+        ones = tf.ones_like(state.lengths)  # Each row has a token, for it is computed along.
+        state = state._replace(lengths=ones, prompt_lengths=ones)
+        self._write(state, *rest)
+        return self._report(state, *rest[:2])
+
+    def _insert(
+        self,
+        slot: tf.Tensor,
+        token_ids: tf.Tensor,
+        max_new_tokens: tf.Tensor,
+        temperature: tf.Tensor,
+        top_k: tf.Tensor,
+        top_p: tf.Tensor,
+        min_p: tf.Tensor,
+        repetition_penalty: tf.Tensor,
+        seed: tf.Tensor,
+        stop: tf.Tensor,
+    ) -> dict[str, tf.Tensor]:
+        """Reads a prompt into a slot that is free or has ended, and makes its first token."""
+        generator, slots, length = self._plain
+        token_ids = tf.ensure_shape(token_ids, [None])
+        state = self._read()[0]
+        vocabulary = generator.model.config.vocabulary_size
+        count, most = tf.size(token_ids), max_new_tokens
+        rules = [
+            self._check_slot(slot),
+            rule(count >= 1, "A prompt must hold at least one token. Received: an empty prompt."),
+            rule(
+                (most <= length) & (count <= length - most),
+                f"Prompt and `max_new_tokens` together must fit into a slot of {length} tokens. "
+                "Received: a prompt of {} tokens, max_new_tokens={}.",
+                count,
+                most,
+            ),
+            rule(
+                (token_ids >= 0) & (token_ids < vocabulary),
+                f"Token ids must be from 0 to {vocabulary - 1}. Received: {{}}.",
+                token_ids,
+            ),
+        ]
+        slot, token_ids = after(rules, (slot, token_ids))
+        with tf.control_dependencies(
+            [rule(~state.active[slot], "A slot must be free or have ended. Received: slot {}.", slot)]
+        ):
+            drawing = (temperature, top_k, top_p, min_p, repetition_penalty)
+            row = self._begin(token_ids, max_new_tokens, *drawing, seed, stop)
+        updates = []
+        for variable, value in zip(self.memory, tf.nest.flatten(row), strict=True):
+            updates.append(variable.scatter_update(tf.IndexedSlices(value, slot[None])))
+        with tf.control_dependencies(updates):
+            state, settings, stops, _ = self._read()
+        return self._report(state, settings, stops)
+
+    def _step(self, steps: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Makes at most so many tokens for each active slot."""
+        generator = self._plain[0]
+        steps = after([rule(steps >= 1, "`steps` must be at least 1. Received: {}.", steps)], steps)
+        state, settings, stops, uniform = self._read()
+        watch = StopWatch(generator.tokenizer.decoder, _trimmed(stops), always=True)
+        state = decode(generator.model, state, settings, uniform, steps, None, watch.look)
+        self._write(state, settings, stops, uniform)
+        return self._report(state, settings, stops)
+
+    def _free(self, slot: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Ends a slot before its time, or forgets what it holds."""
+        slot = after([self._check_slot(slot)], slot)
+        state, settings, stops, uniform = self._read()
+        is_freed = tf.range(self._plain[1]) == slot
+        state = state._replace(
+            active=state.active & ~is_freed,
+            lengths=tf.where(is_freed, state.prompt_lengths, state.lengths),
+        )
+        settings = settings._replace(max_new_tokens=tf.where(is_freed, 0, settings.max_new_tokens))
+        self._write(state, settings, stops, uniform)
+        return self._report(state, settings, stops)
+
+    def _check_slot(self, slot: tf.Tensor) -> tf.Operation:
+        last = self._plain[1] - 1
+        return rule((slot >= 0) & (slot <= last), f"`slot` must be from 0 to {last}. Received: {{}}.", slot)
+
+    def _report(
+        self, state: DecodeState, settings: RowSettings, stops: StopStrings
+    ) -> dict[str, tf.Tensor]:
+        generator = self._plain[0]
+        watch = StopWatch(generator.tokenizer.decoder, _trimmed(stops), always=True)
+        counts = state.lengths - state.prompt_lengths
+        has_ended = ~state.active & (settings.max_new_tokens > 0)  # 0: the slot is free
+        rows = watch.finish(state)
+        columns = tf.range(tf.reduce_max(counts))[None]
+        places = tf.minimum(state.prompt_lengths[:, None] + columns, tf.shape(state.sequences)[1] - 1)
+        ids = tf.where(columns < counts[:, None], tf.gather(state.sequences, places, batch_dims=1), -1)
+        end = tf.where(rows.end < 0, tf.strings.length(rows.text), rows.end)
+        is_stopped = (rows.end >= 0) | (counts < settings.max_new_tokens)
+        whole = tf.strings.substr(rows.text, tf.zeros_like(end), end)
+        return {
+            "active": state.active,
+            "num_tokens": counts,
+            "token_ids": ids,
+            "text": tf.where(has_ended, whole, tf.where(state.active, state.texts.text, "")),
+            "finish_reason": tf.where(has_ended, tf.where(is_stopped, "stop", "length"), ""),
+        }
+
+
+def _trimmed(stops: StopStrings) -> StopStrings:
+    """Without what no row uses."""
+    count = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(stops.lengths > 0, tf.int32), axis=1)), 1)
+    longest = tf.maximum(tf.reduce_max(stops.lengths), 1)
+    return StopStrings(stops.bytes[:, :count, :longest], stops.lengths[:, :count])
+
+
+def _without_none(settings: RowSettings) -> dict[str, tf.Tensor]:
+    return {name: value for name, value in settings._asdict().items() if value is not None}
