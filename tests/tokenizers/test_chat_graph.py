@@ -55,10 +55,17 @@ def tokenizer() -> Tokenizer:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_equals_encode_chat(tokenizer, name):
     encoder = tokenizer.make_chat_encoder(TEMPLATES[name])
-    encode = tf.function(encoder, autograph=False)
+    texts = tf.TensorSpec([None, None], tf.string)
+    specs = [texts, texts, tf.TensorSpec([None], tf.int32)]
+
+    @tf.function(input_signature=specs, autograph=False)
+    def check(*chat):
+        return tf.stack([tf.reduce_all(holds) for holds, *_ in encoder.problems(*chat)])
+
+    encode = tf.function(encoder, input_signature=specs, autograph=False)
     generator = random.Random(0)
     equal = 0
-    for _ in range(60):
+    for _ in range(40):
         count = generator.randint(1, 5)
         # Mostly as conversations go, so that templates with rules take some of them.
         roles = (["system"] if generator.random() < 0.3 else []) + ["user", "assistant"] * 3
@@ -68,8 +75,8 @@ def test_equals_encode_chat(tokenizer, name):
             tf.constant([[message[key] for message in messages] + [padding]])
             for key, padding in (("role", "user"), ("content", "never"))
         ]
-        rules = encoder.problems(*chat, tf.constant([count]))
-        is_taken = all(bool(tf.reduce_all(holds)) for holds, *_ in rules)
+        chat.append(tf.constant([count]))
+        is_taken = check(*chat).numpy().all()
         try:
             expected = tokenizer.encode_chat(
                 messages, chat_template=TEMPLATES[name], add_generation_prompt=True
@@ -78,9 +85,9 @@ def test_equals_encode_chat(tokenizer, name):
             assert not is_taken, messages
             continue
         if is_taken:
-            assert encode(*chat, tf.constant([count])).to_list() == [expected], messages
+            assert encode(*chat).to_list() == [expected], messages
             equal += 1
-    assert equal >= 15
+    assert equal >= 10
 
 
 def test_roles(tokenizer):
@@ -95,7 +102,7 @@ def test_roles(tokenizer):
         ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", "as it is"),
         ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}", "on their roles alone"),
         ("{{ strftime_now('%Y') }}{{ messages[0].content }}", "must not depend on the day"),
-        ("{{ messages[0].content }}", "role of the one before"),
+        ("{{ messages[0].content }}", "leave a message as it is"),
         ("{{ raise_exception('no') }}", "must take messages of each role"),
     ],
 )
@@ -108,7 +115,7 @@ def test_shield_in_a_graph():
     """Where spellings overlap, each is broken; a part of one at an end is kept apart."""
     tokens = ["<a>", "<a><b>", "><", "aXa", "§"]
     shield = GraphShield(tokens)
-    texts = ["<a><b>", "<a>", "aXaXaXa", "x<", "<a", ">", "b>x", "AXA", "none", "", "<<a>>"]
+    texts = ["<a><b>", "<a>", "aXaXaXa", "x<", "<a", ">", "b>x", "AXA", "none", "<<a>>"]
     protected = shield.protect(tf.constant(texts)).numpy()
     for text, broken in zip(texts, protected, strict=True):
         assert broken.replace(Shield.MARK, b"").decode() == text
