@@ -225,8 +225,9 @@ def _all_pairs(texts: Sequence) -> bool:
 
 def _count_special(tokenizer: Tokenizer, parts: int) -> int:
     """How many special tokens stand around a text or a pair."""
-    nothing = [tf.RaggedTensor.from_row_lengths(tf.zeros([0], tf.int32), [0])] * parts
-    return tokenizer.with_special_tokens(*nothing)[0].values.shape[0]
+    with tf.init_scope():  # known when a graph is made
+        nothing = [tf.RaggedTensor.from_row_lengths(tf.zeros([0], tf.int32), [0])] * parts
+        return tokenizer.with_special_tokens(*nothing)[0].values.shape[0]
 
 
 def _cut(parts: list[tf.RaggedTensor], room: int, max_length: int) -> list[tf.RaggedTensor]:
