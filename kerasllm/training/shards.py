@@ -46,8 +46,9 @@ class Sharded:
         super().build(variables)
         if self._shards == 1:
             return
-        # Keras's update of a weight is given the part of it that is this replica's.
-        self._parts = [_make_part(variable.shape, variable.dtype, self._shards) for variable in variables]
+        # Keras's update of a weight is given the part of it that is this replica's. Its name says whether
+        # it is decayed.
+        self._parts = [_make_part(variable, self._shards, variable.name) for variable in variables]
         for number, part in enumerate(self._parts):
             self._trainable_variables_indices[self._var_key(part)] = number
 
@@ -69,13 +70,14 @@ class Sharded:
         variables = [getattr(variable, "value", variable) for variable in trainable_variables]
         parts = [self._parts[self._get_variable_index(variable)] for variable in variables]
         summed = self._all_reduce_sum_gradients(list(zip(grads, variables, strict=True)))
+        pairs = []
         for (gradient, variable), part in zip(summed, parts, strict=True):
             part.assign(_take_part(variable, context))
-            self.update_step(_take_part(gradient, context), part, learning_rate)
+            pairs.append((_take_part(gradient, context), part))
+        outside, strategy = tf.__internal__.distribute.interim.maybe_merge_call, self._distribution_strategy
+        outside(self._distributed_tf_update_step, strategy, pairs, learning_rate)
         wholes = context.all_gather([part.read_value() for part in parts], axis=0)
-        tf.__internal__.distribute.interim.maybe_merge_call(
-            _assign_all, self._distribution_strategy, variables, wholes
-        )
+        outside(_assign_all, strategy, variables, wholes)
 
     def get_config(self):
         return {**super().get_config(), "shard_state": self.shard_state}
@@ -94,7 +96,7 @@ class ShardedVariable(keras.Variable):
     """
 
     def __init__(self, reference: keras.Variable, strategy: tf.distribute.Strategy, name: str):
-        part = _make_part(reference.shape, reference.dtype, strategy.num_replicas_in_sync)
+        part = _make_part(reference, strategy.num_replicas_in_sync, name)
         super().__init__(part, dtype=reference.dtype, trainable=False, name=name)
         self._strategy = strategy
         self._shape = tuple(reference.shape)
@@ -126,9 +128,10 @@ def _part_size(shape, shards: int) -> int:
     return -(-math.prod(shape) // shards)
 
 
-def _make_part(shape, dtype: str, shards: int) -> tf.Variable:
+def _make_part(variable: keras.Variable, shards: int, name: str) -> tf.Variable:
     return tf.Variable(
-        lambda: tf.zeros([_part_size(shape, shards)], dtype),
+        lambda: tf.zeros([_part_size(variable.shape, shards)], variable.dtype),
+        name=name,
         trainable=False,
         synchronization=tf.VariableSynchronization.ON_READ,
         aggregation=tf.VariableAggregation.SUM,
