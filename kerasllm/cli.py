@@ -23,6 +23,7 @@ examples:
   kerasllm convert model.gguf converted                 to Hugging Face's layout
   kerasllm evaluate runs/mine --data my_texts/
   kerasllm export runs/mine served/mine/1               for TensorFlow Serving
+  kerasllm export runs/mine served/mine/2 --verify --docker
   kerasllm export runs/mine phone/mine.tflite           for LiteRT
   kerasllm serve served/mine --rest_api_port=8501
   kerasllm doctor
@@ -196,6 +197,21 @@ def _parser() -> argparse.ArgumentParser:
     command = add("export", _export, "write a SavedModel for servers or a .tflite for devices")
     model_argument(command)
     command.add_argument("path", help="a new version folder, such as served/my_model/1, or a .tflite file")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace a folder, and files of --docker, that are there"
+    )
+    command.add_argument(
+        "--verify",
+        action="store_true",
+        help="load the folder where only TensorFlow is, compare it with the model, and only then put it "
+        "where servers look",
+    )
+    command.add_argument(
+        "--docker",
+        action="store_true",
+        help="write what runs the models under TensorFlow Serving into tf_serving/ beside them",
+    )
+    command.add_argument("--license", help="license of the weights (default: what the checkpoint says)")
 
     command = add("serve", _serve, "serve an exported model over TensorFlow Serving's gRPC and REST")
     command.add_argument("path", help="folder with the numbered versions, such as served/my_model")
@@ -381,10 +397,27 @@ def _evaluate(arguments) -> int:
 
 
 def _export(arguments) -> int:
-    path = _load(arguments, "text-generation").export(arguments.path)
+    from kerasllm.checkpoints.load import find_checkpoint
+    from kerasllm.export import describe_source, release, write_deployment
+    from kerasllm.tasks.pipeline import PIPELINES
+
+    if arguments.path.endswith(".tflite"):
+        if arguments.overwrite or arguments.verify or arguments.docker or arguments.license:
+            raise ValueError("A .tflite file takes none of --overwrite, --verify, --docker, --license.")
+        print(f"written: {_load(arguments, 'text-generation').export(arguments.path)}")
+        return 0
+    model = _load(arguments, *PIPELINES)
+    path = release(
+        model,
+        arguments.path,
+        overwrite=arguments.overwrite,
+        verify=arguments.verify,
+        source=describe_source(find_checkpoint(arguments.model), arguments.license),
+    )
     print(f"written: {path}")
-    if path.suffix != ".tflite":
-        print(f"next: kerasllm serve {path.parent} --rest_api_port=8501")
+    if arguments.docker:
+        print(f"written: {write_deployment(path, arguments.overwrite)}")
+    print(f"next: kerasllm serve {path.parent} --rest_api_port=8501")
     return 0
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
-def _temporary_name(path: pathlib.Path) -> str:
+def temporary_name(path: pathlib.Path) -> str:
+    """A name for what is not whole yet, to be put beside `path`; servers look at no such name."""
     # Not by process id: in containers all processes have the same few.
     return f".incomplete-{uuid.uuid4().hex[:12]}-{path.name}"
 
@@ -30,7 +31,7 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / _temporary_name(path)
+    temporary = path.parent / temporary_name(path)
     try:
         yield temporary
         temporary.replace(path)
@@ -58,7 +59,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     if path.exists():
         raise FileExistsError(f"An export never overwrites; choose a new folder. Received: {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / _temporary_name(path)
+    temporary = path.parent / temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -90,9 +91,9 @@ def replaced_folder(path: str | os.PathLike, is_replaced: Callable[[str], bool])
     """
     # Of a link, the folder that it leads to is replaced and the link stays.
     path = pathlib.Path(path).resolve()
-    _check_can_be_swapped(path)
+    check_can_be_swapped(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / _temporary_name(path)
+    temporary = path.parent / temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -110,8 +111,39 @@ def replaced_folder(path: str | os.PathLike, is_replaced: Callable[[str], bool])
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_can_be_swapped(path: pathlib.Path) -> None:
-    """Known before the first byte is written, not after the last."""
+def put_folder(new: str | os.PathLike, path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Gives a whole folder its final name, in one step as far as the file system can.
+
+    Args:
+        new: The folder, on the same disk.
+        path: Its final place.
+        overwrite: Whether a folder that is there is replaced; it is deleted then.
+
+    Raises:
+        FileExistsError: If `path` exists and must not be replaced.
+        ValueError: As in `replaced_folder`.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(new, path)
+        return
+    if not overwrite:
+        raise FileExistsError(f"The folder exists. Received: {path}")
+    path = path.resolve()
+    check_can_be_swapped(path)
+    _swap(pathlib.Path(new), path)
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def check_can_be_swapped(path: pathlib.Path) -> None:
+    """Raises a ValueError if no folder can take the place of what is there.
+
+    To be called before the first byte is written, not after the last.
+
+    Args:
+        path: The folder to make or replace, resolved.
+    """
     if path.exists() and not path.is_dir():
         raise ValueError(f"What is written must be a folder, and no file be there. Received: {path}")
     try:
@@ -148,7 +180,7 @@ def _swap(new: pathlib.Path, old: pathlib.Path) -> None:
         if renameat2(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
             return
     # Another system, or a file system that cannot do it in one step.
-    aside = old.parent / _temporary_name(old)
+    aside = old.parent / temporary_name(old)
     old.rename(aside)
     try:
         new.rename(old)

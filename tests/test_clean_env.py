@@ -10,6 +10,8 @@ import urllib.request
 
 import pytest
 
+from kerasllm.export.verify import format_checks, verify_export
+
 # One group: with --dist=loadgroup one process builds the environment and runs them all.
 pytestmark = [
     pytest.mark.clean_env,
@@ -86,3 +88,11 @@ def test_server(python, served, causal_lm, tmp_path):
     finally:
         server.terminate()
         assert server.wait(60) == 0
+
+
+def test_every_signature(python, served, causal_lm, monkeypatch):
+    """What `export --verify` compares, and the warm-up requests, with the TensorFlow of TF Serving."""
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    checks = verify_export(served / "1", causal_lm)
+    assert not [check for check in checks if check.problem], format_checks(checks)

@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
+from kerasllm.export.extra import write_extra
 from kerasllm.files import new_folder, write_json
 from kerasllm.generation import (
     KNOBS,
@@ -340,6 +341,7 @@ def _write(
         module.tokenizer.save(extra)
         for name, content in {**(files or {}), "kerasllm_manifest.json": manifest}.items():
             write_json(extra / name, content)
+        write_extra(folder, model, module.tokenizer)
     return pathlib.Path(path)
 
 
