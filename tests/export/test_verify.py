@@ -7,7 +7,19 @@ import shutil
 import pytest
 from reference.weights import randomize
 
-from kerasllm import Bert, BertConfig, SequenceClassifier, TextEmbedder, Tokenizer, train_tokenizer
+from kerasllm import (
+    T5,
+    Bert,
+    BertConfig,
+    GenerationConfig,
+    MaskedLM,
+    Seq2SeqLM,
+    SequenceClassifier,
+    T5Config,
+    TextEmbedder,
+    Tokenizer,
+    train_tokenizer,
+)
 from kerasllm.cli import main
 from kerasllm.export import VerificationError, release, verify, verify_export
 from kerasllm.export.deployment import find_models
@@ -170,3 +182,26 @@ def test_command(make_bert, word_pieces, tmp_path, capsys):
     assert "only with `overwrite`" in capsys.readouterr().err
     assert main(["export", folder, str(tmp_path / "x.tflite"), "--verify"]) == 1
     assert "takes none of --overwrite" in capsys.readouterr().err
+
+
+def test_masked_lm_passes(make_bert, word_pieces, tmp_path):
+    lines = []
+    release(MaskedLM(make_bert("masked_lm"), word_pieces), tmp_path / "1", verify=True, report=lines.append)
+    assert "filled masks" in lines[0] and "warm-up requests" in lines[0] and "DIFFERS" not in lines[0]
+
+
+@pytest.mark.slow
+def test_encoder_decoder_and_embedder_pass(make_bert, word_pieces, tokenizer, tmp_path):
+    config = T5Config(
+        vocabulary_size=400, context_length=32, num_layers=1, num_decoder_layers=1, num_heads=2, dim=16
+    )
+    lines = []
+    for number, task in enumerate(
+        (
+            Seq2SeqLM(randomize(T5(config)), tokenizer, GenerationConfig(max_new_tokens=6)),
+            TextEmbedder(make_bert(None), word_pieces),
+        )
+    ):
+        release(task, tmp_path / str(number), verify=True, report=lines.append)
+    assert "drawn token ids" in lines[0] and "scores" in lines[0] and "vectors" in lines[1]
+    assert "DIFFERS" not in "".join(lines)
