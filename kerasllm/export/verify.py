@@ -288,6 +288,7 @@ class _Questions:
         if hasattr(self.task, "generate_tokens"):
             self._ask_generate()
             self._ask_serving_default()
+            self._ask_chat()
             self._ask_score()
             self._ask_logits()
         elif hasattr(self.task, "fill_mask"):
@@ -345,6 +346,25 @@ class _Questions:
                 rows, _texts(outputs["text"]), self.task.generate(rows)
             ),
         )
+
+    def _ask_chat(self) -> None:
+        if "chat" not in self.signatures:
+            return
+        settings = {"temperature": 0.0, "repetition_penalty": 1.0, "seed": 0}
+
+        def encode(text):
+            message = {"role": "user", "content": text}
+            return self.tokenizer.encode_chat([message], add_generation_prompt=True)
+
+        def compare(outputs, rows):
+            ids = [encode(row) for row in rows]
+            live = self.task.generate_tokens(ids, self.new_tokens, stop_strings=[], **settings)
+            counts = outputs["num_tokens"]
+            found = [row[:n].tolist() for row, n in zip(outputs["token_ids"], counts, strict=True)]
+            return _first_difference(rows, found, [row.token_ids for row in live])
+
+        fit = [text for text in self.prompts if len(encode(text)) <= self.longest - self.new_tokens]
+        self._add("answers in chats", "chat", fit, compare, **settings)
 
     def _ask_score(self) -> None:
         def compare(outputs, rows):
