@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kerasllm.export.signatures import Signature, example_inputs, read_signatures
+from kerasllm.export.signatures import CLASSIFY, Signature, example_inputs, read_signatures
 from kerasllm.export.warmup import FILE_NAME, make_record, write_warmup
 from kerasllm.files import write_json, write_text
 from kerasllm.models import LanguageModel
@@ -215,7 +215,7 @@ def rest_body(name: str, signature: Signature, inputs: Mapping[str, np.ndarray])
         The body, for `json.dumps`.
     """
     body = {} if name == "serving_default" else {"signature_name": name}
-    if signature.method.endswith("/classify"):
+    if signature.method == CLASSIFY:
         return body | {"examples": [{"text": _EXAMPLE_TEXT}]}
     return body | {"inputs": {key: _to_json(value) for key, value in inputs.items()}}
 

@@ -13,7 +13,8 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from kerasllm.export.extra import write_extra
+from kerasllm.export.extra import MANIFEST, write_extra
+from kerasllm.export.signatures import CLASSIFY
 from kerasllm.files import new_folder, write_json
 from kerasllm.generation import (
     KNOBS,
@@ -33,8 +34,6 @@ from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 from kerasllm.tokenizers.chat_graph import ChatEncoder
 from kerasllm.version import __version__
-
-_CLASSIFY_METHOD = "tensorflow/serving/classify"
 
 Outputs = dict[str, tf.Tensor]
 
@@ -284,7 +283,7 @@ def export_classifier(
         "classify_pairs": _graph(classify, _spec("text"), _spec("second_text")),
         "classify": _graph(classify_examples, _spec("inputs")),
     }
-    methods = {"classify": _CLASSIFY_METHOD}
+    methods = {"classify": CLASSIFY}
     return _write(SavedModule(model, tokenizer), functions, model, path, limits, methods)
 
 
@@ -339,7 +338,7 @@ def _write(
             _name_methods(folder / "saved_model.pb", methods)
         extra = folder / "assets.extra"
         module.tokenizer.save(extra)
-        for name, content in {**(files or {}), "kerasllm_manifest.json": manifest}.items():
+        for name, content in {**(files or {}), MANIFEST: manifest}.items():
             write_json(extra / name, content)
         write_extra(folder, model, module.tokenizer)
     return pathlib.Path(path)

@@ -64,10 +64,9 @@ class Signature:
             "outputs": tensors(self.outputs),
         }
         for name, value in self.defaults.items():
-            default = value.astype(str) if value.dtype == object else value
             if value.dtype == object:
-                default = np.array([item.decode() for item in value.ravel()]).reshape(value.shape)
-            described["inputs"][name]["default"] = default.tolist()
+                value = np.array([item.decode() for item in value.ravel()]).reshape(value.shape)
+            described["inputs"][name]["default"] = value.tolist()
         return described
 
 
