@@ -140,11 +140,12 @@ def dropout_by_step(seed, step, rows):
     def drop(layer, inputs):
         number = numbers.setdefault(id(layer), len(numbers))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), number)
+        width = inputs.size // rows.size  # inputs may be [batch * length, dim]
 
         def draw(row):
-            return jax.random.bernoulli(jax.random.fold_in(key, row), 1.0 - layer.rate, inputs.shape[1:])
+            return jax.random.bernoulli(jax.random.fold_in(key, row), 1.0 - layer.rate, (width,))
 
-        kept = jax.vmap(draw)(rows)
+        kept = ops.reshape(jax.vmap(draw)(rows), inputs.shape)
         return inputs * ops.cast(1.0 / (1.0 - layer.rate), inputs.dtype) * ops.cast(kept, inputs.dtype)
 
     return dropout_chosen_by(drop)
