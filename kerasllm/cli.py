@@ -130,13 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--print-kubernetes", action="store_true", help="only print a Kubernetes manifest")
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- train ...")
 
-    def model_argument(command):
+    def model_argument(command, dtype_help="precision, such as bfloat16 (default: float32)"):
         command.add_argument(
             "model",
             help="folder in Hugging Face's layout (train writes one), hub id, .gguf file, KerasHub preset "
             "or .keras file",
         )
-        command.add_argument("--dtype", help="precision, such as bfloat16 (default: float32)")
+        command.add_argument("--dtype", help=dtype_help)
 
     def texts_argument(command, what):
         command.add_argument(
@@ -195,7 +195,11 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = add("export", _export, "write a SavedModel for servers or a .tflite for devices")
-    model_argument(command)
+    model_argument(
+        command,
+        "precision of the weights: float32 (default), bfloat16, or, to save memory, float16 or int8, with "
+        "which a SavedModel computes in float32",
+    )
     command.add_argument("path", help="a new version folder, such as served/my_model/1, or a .tflite file")
     command.add_argument(
         "--overwrite", action="store_true", help="replace a folder, and files of --docker, that are there"
@@ -399,6 +403,7 @@ def _evaluate(arguments) -> int:
 def _export(arguments) -> int:
     from kerasllm.checkpoints.load import find_checkpoint
     from kerasllm.export import describe_source, release, write_deployment
+    from kerasllm.tasks import load_task
     from kerasllm.tasks.pipeline import PIPELINES
 
     if arguments.path.endswith(".tflite"):
@@ -406,10 +411,12 @@ def _export(arguments) -> int:
             raise ValueError("A .tflite file takes none of --overwrite, --verify, --docker, --license.")
         print(f"written: {_load(arguments, 'text-generation').export(arguments.path)}")
         return 0
-    model = _load(arguments, *PIPELINES)
+    stored = arguments.dtype if arguments.dtype in ("float16", "int8") else None
+    model = load_task(arguments.model, PIPELINES, None if stored else arguments.dtype)
     path = release(
         model,
         arguments.path,
+        dtype=stored,
         overwrite=arguments.overwrite,
         verify=arguments.verify,
         source=describe_source(find_checkpoint(arguments.model), arguments.license),

@@ -21,6 +21,7 @@ def release(
     *,
     overwrite: bool = False,
     verify: bool = False,
+    dtype: str | None = None,
     source: Mapping[str, Any] | None = None,
     report: Callable[[str], None] = print,
     **kwargs: Any,
@@ -33,6 +34,7 @@ def release(
         overwrite: Whether a folder that is there may be replaced. Servers see the old one until the new
             one is whole.
         verify: Whether to compare the folder with the live model first, see `verify_export`.
+        dtype: Precision of the weights, as in the task's `with_dtype`. None: that of the model.
         source: Where the weights are from, see `describe_source`.
         report: Gets the table of the comparisons.
         **kwargs: As in the task's `export`.
@@ -51,6 +53,8 @@ def release(
     if path.exists() and not overwrite:
         raise FileExistsError(f"A folder is replaced only with `overwrite`. Received: {path}")
     check_can_be_swapped(path.resolve())
+    if dtype is not None:
+        task = task.with_dtype(dtype)
     check_room(task, path)
     stage = path.resolve().parent / temporary_name(path)
     try:

@@ -3,6 +3,7 @@
 Each input and output has a name, and rows along its first axis, so that a server may put requests together.
 """
 
+import collections
 import dataclasses
 import logging
 import os
@@ -330,6 +331,7 @@ def _write(
         "model_config": model.config.to_dict(),
         "signatures": sorted(functions),
         "limits": dataclasses.asdict(limits),
+        "weight_bytes": _count_bytes(model),
         **(more or {}),
     }
     with new_folder(path) as folder:
@@ -342,6 +344,14 @@ def _write(
             write_json(extra / name, content)
         write_extra(folder, model, module.tokenizer)
     return pathlib.Path(path)
+
+
+def _count_bytes(model: LanguageModel) -> dict[str, int]:
+    """The size of the weights of each precision."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for variable in model.variables:
+        sizes[variable.dtype] += variable.value.dtype.size * variable.value.shape.num_elements()
+    return dict(sizes)
 
 
 def _name_methods(file: pathlib.Path, methods: Mapping[str, str]) -> None:

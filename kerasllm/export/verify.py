@@ -21,6 +21,8 @@ from kerasllm.tokenizers import Tokenizer
 TOLERANCE = 1e-5
 # Sums over whole texts of numbers that each may be off by so much.
 _SUM_TOLERANCE = 1e-4
+# Numbers of 8 bits, in which each operation of another order rounds.
+_HALF_TOLERANCE = 0.05
 _NEW_TOKENS = 8
 _SECONDS = 3600
 
@@ -249,7 +251,7 @@ def _first_difference(rows: Sequence[Any], found: Sequence[Any], expected: Seque
     return ""
 
 
-def _far(found: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> str:
+def _far(found: np.ndarray, expected: np.ndarray, tolerance: float) -> str:
     found, expected = np.asarray(found, "float64"), np.asarray(expected, "float64")
     if found.shape != expected.shape:
         return f"of shape {found.shape}, live {expected.shape}"
@@ -278,6 +280,9 @@ class _Questions:
         self.new_tokens = min(_NEW_TOKENS, limits.get("max_new_tokens") or _NEW_TOKENS)
         self.longest = min(limits.get("max_prompt_tokens") or self.context, self.context)
         self.prompts = self._that_fit(PROMPTS, self.longest - self.new_tokens - 4)
+        self.tolerance, self.sum_tolerance = TOLERANCE, _SUM_TOLERANCE
+        if task.model.compute_dtype != "float32":
+            self.tolerance = self.sum_tolerance = _HALF_TOLERANCE
         self.questions: list[_Question] = []
 
     def _that_fit(self, texts: Sequence[str], most: int) -> list[str]:
@@ -374,8 +379,8 @@ class _Questions:
                 if isinstance(expected, str):
                     return f"of {row!r} {expected}"
                 found = outputs["logprobs"][number, : len(ids)]
-                problem = _far(found, expected, _SUM_TOLERANCE)
-                problem = problem or _far(outputs["logprob"][number], expected.sum(), _SUM_TOLERANCE)
+                problem = _far(found, expected, self.sum_tolerance)
+                problem = problem or _far(outputs["logprob"][number], expected.sum(), self.sum_tolerance)
                 if problem:
                     return f"of {row!r} {problem}"
             return ""
@@ -415,7 +420,7 @@ class _Questions:
                 signature,
                 row,
                 lambda outputs, _, sequence=sequence: _far(
-                    _log_softmax(outputs["logits"][0]), _log_softmax(live(sequence)), _SUM_TOLERANCE
+                    _log_softmax(outputs["logits"][0]), _log_softmax(live(sequence)), self.sum_tolerance
                 ),
             )
 
@@ -428,7 +433,7 @@ class _Questions:
                 wanted = [candidate["token_id"] for candidate in live]
                 difference = _first_difference([row], [outputs["token_ids"][number, 0].tolist()], [wanted])
                 scores = [candidate["score"] for candidate in live]
-                difference = difference or _far(outputs["probabilities"][number, 0], scores)
+                difference = difference or _far(outputs["probabilities"][number, 0], scores, self.tolerance)
                 if difference:
                     return difference
             return ""
@@ -460,7 +465,7 @@ class _Questions:
         scores = outputs["probabilities"] if "probabilities" in outputs else outputs["scores"]
         for number, (row, live) in enumerate(zip(rows, self.task.classify(rows), strict=True)):
             wanted = {entry["label"]: entry["score"] for entry in live}
-            problem = _far(scores[number], [wanted[label] for label in labels])
+            problem = _far(scores[number], [wanted[label] for label in labels], self.tolerance)
             if not problem and "label" in outputs and outputs["label"][number].decode() not in wanted:
                 problem = f"the label {outputs['label'][number]!r}"
             if problem:
@@ -474,7 +479,7 @@ class _Questions:
                 "vectors",
                 signature,
                 texts,
-                lambda outputs, rows: _far(outputs["embedding"], self.task.encode(rows)),
+                lambda outputs, rows: _far(outputs["embedding"], self.task.encode(rows), self.tolerance),
             )
 
     # The tokenizer

@@ -15,6 +15,7 @@ from kerasllm.layers.position import (
     RotaryEmbedding,
     SinusoidalPositionEncoding,
 )
+from kerasllm.layers.precision import StoredHalfPolicy
 from kerasllm.layers.transformer import DecoderBlock, EncoderBlock
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "SelfAttention",
     "SimplifiedSelfAttention",
     "SinusoidalPositionEncoding",
+    "StoredHalfPolicy",
     "TokenEmbedding",
 ]

@@ -41,10 +41,16 @@ class TokenEmbedding(keras.layers.Layer):
         self.initializer_range = initializer_range
 
     def build(self, input_shape=None):
+        self.embeddings_scale = None
+        if self.quantization_mode:
+            self.quantized_build((self.vocabulary_size, self.dim), self.quantization_mode)
+            return
+        # Keras would cast the whole table for the few rows that are looked up.
         self.embeddings = self.add_weight(
             name="embeddings",
             shape=(self.vocabulary_size, self.dim),
             initializer=keras.initializers.RandomNormal(stddev=self.initializer_range),
+            autocast=False,
         )
 
     def call(self, inputs, reverse: bool = False):
@@ -58,15 +64,52 @@ class TokenEmbedding(keras.layers.Layer):
             Vectors `[..., dim]`, or with `reverse=True` logits `[..., vocabulary_size]`, in the
             compute dtype.
         """
-        table = ops.convert_to_tensor(self.embeddings)
-        if reverse:
-            flat = flatten(inputs)
-            if is_traced_for_gradient():
-                # Reshaped, it is a value and no variable, which would want a gradient of its own kind.
-                logits = _score(flat, ops.reshape(table, (self.vocabulary_size, self.dim)))
-            elif is_traced_for_xla():  # where a wide table is multiplied several times faster from the left
-                logits = ops.transpose(ops.matmul(table, ops.transpose(flat)))
-            else:
-                logits = ops.matmul(flat, ops.transpose(table))
-            return unflatten(logits, inputs)
-        return ops.take(table, inputs, axis=0)
+        if not reverse:
+            vectors = ops.cast(ops.take(self.embeddings, inputs, axis=0), self.compute_dtype)
+            if self.embeddings_scale is not None:
+                vectors *= ops.take(self.embeddings_scale, inputs, axis=0)[..., None]
+            return vectors
+        flat, table = flatten(inputs), ops.cast(ops.convert_to_tensor(self.embeddings), self.compute_dtype)
+        if is_traced_for_gradient():
+            # Reshaped, it is a value and no variable, which would want a gradient of its own kind.
+            logits = _score(flat, ops.reshape(table, (self.vocabulary_size, self.dim)))
+        elif is_traced_for_xla():  # where a wide table is multiplied several times faster from the left
+            logits = ops.transpose(ops.matmul(table, ops.transpose(flat)))
+        else:
+            logits = ops.matmul(flat, ops.transpose(table))
+        if self.embeddings_scale is not None:
+            logits *= self.embeddings_scale
+        return unflatten(logits, inputs)
+
+    # Keras's hooks for `keras.Model.quantize`
+
+    def quantize(self, mode: str | None = None, type_check: bool = True, config=None) -> None:
+        """Keeps the table in integers of 8 bits, with a scale for each row.
+
+        Args:
+            mode: `"int8"`; others leave the table as it is, with a warning of Keras.
+            type_check: Not used.
+            config: Not used: vectors and logits are computed in the compute dtype.
+        """
+        if mode != "int8":
+            raise self._not_implemented_error(self.quantize, f"Received: mode={mode}")
+        table, scale = keras.quantizers.AbsMaxQuantizer(axis=-1)(self.embeddings, to_numpy=True)
+        del self.embeddings
+        self.quantized_build(table.shape, mode)
+        self.embeddings.assign(table)
+        self.embeddings_scale.assign(1 / ops.squeeze(scale, axis=-1))  # Keras's scale is to be divided by
+        self.dtype_policy = keras.dtype_policies.get(f"{mode}_from_{self.dtype_policy.name}")
+
+    def quantized_build(self, input_shape, mode: str) -> None:
+        if mode != "int8":
+            raise self._quantization_mode_error(mode)
+        self.embeddings = self.add_weight(
+            name="embeddings", shape=input_shape, initializer="zeros", dtype="int8", trainable=False
+        )
+        self.embeddings_scale = self.add_weight(
+            name="embeddings_scale", shape=input_shape[:1], initializer="ones", trainable=False
+        )
+        self._is_quantized = True
+
+    def _int8_call(self, *args, **kwargs):
+        return self.call(*args, **kwargs)

@@ -11,9 +11,12 @@ import keras
 
 from kerasllm.checkpoints import Checkpoint, load_checkpoint, save_folder
 from kerasllm.files import new_file
-from kerasllm.generation import Limits
+from kerasllm.layers import StoredHalfPolicy, TokenEmbedding
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
+
+# The precisions that `Task.with_dtype` knows.
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def require_tensorflow(what: str) -> None:
@@ -152,12 +155,52 @@ class Task(keras.Model):
         """
         return save_folder(folder, self.model, self.tokenizer, self._generation_settings())
 
-    def export(self, path: str | os.PathLike, **limits: int | None) -> pathlib.Path:
+    def with_dtype(self, dtype: str) -> "Task":
+        """Copies the model with its weights in another precision; this one stays as it is.
+
+        Args:
+            dtype: `"float32"`; `"bfloat16"`: weights and computation, as `from_pretrained` loads them;
+                `"float16"`: the weights, with which float32 is computed; `"int8"`: matrices and tables in
+                integers of 8 bits, with a float32 scale for each output of a matrix and each row of a
+                table, with which float32 is computed. On a CPU the last two are slower than float32, for
+                the weights are converted at each use: they save memory.
+
+        Returns:
+            The copy.
+
+        Raises:
+            ValueError: If there is no such precision or the weights are integers already.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {DTYPES}. Received: {dtype!r}")
+        if any(variable.dtype == "int8" for variable in self.model.variables):
+            raise ValueError(f"Weights of 8 bits have no other precision. Received: dtype={dtype!r}")
+        policy = keras.DTypePolicy("float32" if dtype == "int8" else dtype)
+        if dtype == "float16":
+            policy = StoredHalfPolicy("float16")
+        config = self.get_config()
+        config["dtype"] = policy
+        config["model"]["config"]["dtype"] = keras.saving.serialize_keras_object(policy)
+        copy = type(self).from_config(config)
+        copy.tokenizer = self.tokenizer
+        for target, source in zip(copy.model.variables, self.model.variables, strict=True):
+            target.assign(source)
+        if dtype == "int8":
+            copy.model.quantize(
+                config=keras.quantizers.Int8QuantizationConfig(activation_quantizer=None),
+                filters=lambda layer: isinstance(layer, (keras.layers.Dense, TokenEmbedding)),
+            )
+        return copy
+
+    def export(
+        self, path: str | os.PathLike, *, dtype: str | None = None, **limits: int | None
+    ) -> pathlib.Path:
         """Writes the model as a SavedModel that reads text and runs without kerasllm.
 
         Args:
             path: The folder; for TensorFlow Serving a version number below the model's folder, such as
                 `served/my_model/1`.
+            dtype: Precision of the weights, as in `with_dtype`. None: that of the model.
             **limits: Fields of `kerasllm.generation.Limits`: the most that a request may ask for.
 
         Returns:
@@ -168,10 +211,12 @@ class Task(keras.Model):
             ValueError: If the model has no tokenizer or an argument does not fit.
         """
         require_tensorflow("An export")
+        if dtype is not None:
+            return self.with_dtype(dtype).export(path, **limits)
         self._require_tokenizer()
-        return self._export(path, Limits(**limits))
+        return self._export(path, **limits)
 
-    def _export(self, path: str | os.PathLike, limits: Limits) -> pathlib.Path:
+    def _export(self, path: str | os.PathLike, **limits: int | None) -> pathlib.Path:
         """Writes the SavedModel of a kind of task."""
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from keras import ops
 
 from kerasllm.data import language_model_dataset
 from kerasllm.export import export_litert, export_saved_model
-from kerasllm.tasks.base import Task, require_tensorflow
+from kerasllm.tasks.base import Task
 from kerasllm.tasks.generation import GeneratingTask
 from kerasllm.tasks.texts import holds_texts
 from kerasllm.training import TokenTraining
@@ -197,12 +197,13 @@ class CausalLM(TokenTraining, GeneratingTask):
 
     # Export
 
-    def export(self, path: str | os.PathLike, **kwargs) -> pathlib.Path:
+    def export(self, path: str | os.PathLike, *, dtype: str | None = None, **kwargs) -> pathlib.Path:
         """Writes the model as a file that runs without kerasllm.
 
         Args:
             path: `….tflite` for LiteRT, otherwise the folder of a SavedModel; for TensorFlow Serving a
                 version number below the model's folder, such as `served/my_model/1`.
+            dtype: Precision of the weights, as in `with_dtype`. None: that of the model.
             **kwargs: As in `kerasllm.export.export_saved_model`, such as the limits of a request, or in
                 `kerasllm.export.export_litert`.
 
@@ -213,6 +214,8 @@ class CausalLM(TokenTraining, GeneratingTask):
             FileExistsError: If `path` exists.
             ValueError: If the model has no tokenizer or an argument does not fit.
         """
-        require_tensorflow("An export")
+        return super().export(path, dtype=dtype, **kwargs)
+
+    def _export(self, path, **kwargs):
         write = export_litert if str(path).endswith(".tflite") else export_saved_model
-        return write(self.model, self._require_tokenizer(), path, self.generation_config, **kwargs)
+        return write(self.model, self.tokenizer, path, self.generation_config, **kwargs)

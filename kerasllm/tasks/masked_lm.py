@@ -166,7 +166,8 @@ class MaskedLM(TokenTraining, TextTask):
             ]
         return results[0] if single else results
 
-    def _export(self, path, limits):
+    def _export(self, path, **limits):
+        limits = Limits(**limits)
         tokenizer = self.tokenizer
         if tokenizer.mask_id is None:
             raise ValueError("Filling masks needs a tokenizer with a mask token, and this one has none.")

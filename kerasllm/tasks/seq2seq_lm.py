@@ -1,7 +1,5 @@
 """A model that reads one text and writes another: translation, summaries, answers."""
 
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +11,7 @@ from kerasllm.data.batching import finish_dataset, for_each_pass, pass_seeds, sh
 from kerasllm.export import export_saved_model
 from kerasllm.generation import GenerationConfig
 from kerasllm.models import LanguageModel
-from kerasllm.tasks.base import Task, require_tensorflow
+from kerasllm.tasks.base import Task
 from kerasllm.tasks.generation import GeneratingTask
 from kerasllm.training import TokenTraining
 
@@ -211,7 +209,5 @@ class Seq2SeqLM(TokenTraining, GeneratingTask):
 
     # Export
 
-    def export(self, path: str | os.PathLike, **limits: int | None) -> pathlib.Path:
-        require_tensorflow("An export")
-        tokenizer = self._require_tokenizer()
-        return export_saved_model(self.model, tokenizer, path, self.generation_config, **limits)
+    def _export(self, path, **limits):
+        return export_saved_model(self.model, self.tokenizer, path, self.generation_config, **limits)

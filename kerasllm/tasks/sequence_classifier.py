@@ -126,7 +126,8 @@ class SequenceClassifier(Training, TextTask):
             scores[number] = row
         return scores
 
-    def _export(self, path, limits):
+    def _export(self, path, **limits):
+        limits = Limits(**limits)
         return export_classifier(
             self.model,
             self.tokenizer,

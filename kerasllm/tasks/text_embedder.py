@@ -166,7 +166,8 @@ class TextEmbedder(TextTask):
         )
         return unit @ other_unit.T
 
-    def _export(self, path, limits):
+    def _export(self, path, **limits):
+        limits = Limits(**limits)
         more = {"pooling": self.pooling, "normalize": self.normalize, "max_length": self.max_length}
         prompts = {"prompts": dict(self.prompts), "default_prompt": self.default_prompt}
         return export_embedder(
