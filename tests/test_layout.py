@@ -23,7 +23,7 @@ ALLOWED = {
     "training": {"layers", "models", "data", "tokenizers", "config", "files", "version"},
     "export": {"models", "generation", "tokenizers", "files", "version"},
     "tasks": {
-        "checkpoints", "config", "data", "evaluation", "export", "files", "generation", "models",
+        "checkpoints", "config", "data", "evaluation", "export", "files", "generation", "layers", "models",
         "tokenizers", "training", "version",
     },
     "launch": set(),

@@ -1,5 +1,6 @@
 """Models as files that run without kerasllm: SavedModel for servers, LiteRT for devices."""
 
+from kerasllm.export.batching import Batching
 from kerasllm.export.deployment import write_deployment
 from kerasllm.export.extra import describe_source
 from kerasllm.export.litert import export_litert
@@ -13,6 +14,7 @@ from kerasllm.export.saved_model import (
 from kerasllm.export.verify import VerificationError, verify_export
 
 __all__ = [
+    "Batching",
     "VerificationError",
     "describe_source",
     "export_classifier",

@@ -5,15 +5,17 @@ Each input and output has a name, and rows along its first axis, so that a serve
 
 import collections
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
+from kerasllm.export.batching import Batching
 from kerasllm.export.extra import MANIFEST, write_extra
 from kerasllm.export.signatures import CLASSIFY
 from kerasllm.files import new_folder, write_json
@@ -43,8 +45,10 @@ def _spec(name: str, dtype: tf.DType = tf.string, rank: int = 1) -> tf.TensorSpe
     return tf.TensorSpec([None] * rank, dtype, name=name)
 
 
-def _graph(function: Callable[..., Outputs], *specs: tf.TensorSpec):
+def _graph(function: Callable[..., Outputs], *specs: tf.TensorSpec, together: "_Together | None" = None):
     """A signature with these inputs, which the function gets by their names."""
+    if together is not None:
+        function = together.batching.put_together(function, specs, together.max_batch_size)
 
     def run(*values):
         return function(**{spec.name: value for spec, value in zip(specs, values, strict=True)})
@@ -54,6 +58,17 @@ def _graph(function: Callable[..., Outputs], *specs: tf.TensorSpec):
 
 # Signatures by name.
 Functions = dict[str, Any]
+
+
+class _Together(NamedTuple):
+    """How calls at the same time are put together, and the most rows."""
+
+    batching: Batching
+    max_batch_size: int
+
+
+def _together(batching: Batching | None, limits: Limits) -> _Together | None:
+    return None if batching is None else _Together(batching, limits.max_batch_size)
 
 
 class SavedModule(tf.Module):
@@ -74,7 +89,9 @@ class SavedModule(tf.Module):
 # The signatures of each task
 
 
-def _generation_functions(generator: TextGenerator, scorer: TextScorer) -> Functions:
+def _generation_functions(
+    generator: TextGenerator, scorer: TextScorer, together: _Together | None
+) -> Functions:
     """Those of all models that write text."""
     tokenizer, config = generator.tokenizer, generator.config
 
@@ -113,12 +130,12 @@ def _generation_functions(generator: TextGenerator, scorer: TextScorer) -> Funct
         return {"text": tokenizer.detokenize(tf.where(counts, inputs["token_ids"], -1))}
 
     return {
-        "serving_default": _graph(serve, SIGNATURE[0]),
-        "generate": _graph(generator.generate_text, *SIGNATURE),
+        "serving_default": _graph(serve, SIGNATURE[0], together=together),
+        "generate": _graph(generator.generate_text, *SIGNATURE, together=together),
         "generate_scalar": tf.function(
             generate_scalar, input_signature=[SIGNATURE[0], *scalars], autograph=False
         ),
-        "score": _graph(scorer.score, SIGNATURE[0], _spec("continuation")),
+        "score": _graph(scorer.score, SIGNATURE[0], _spec("continuation"), together=together),
         "tokenize": _graph(tokenize, _spec("text")),
         "detokenize": _graph(
             detokenize, _spec("token_ids", tf.int32, rank=2), _spec("num_tokens", tf.int32)
@@ -152,6 +169,7 @@ def export_saved_model(
     *,
     slots: int = 0,
     slot_length: int | None = None,
+    batching: Batching | None = None,
     **limits: int | None,
 ) -> pathlib.Path:
     """Writes a SavedModel that turns prompts into continuations, tokenizer and generation inside.
@@ -184,6 +202,8 @@ def export_saved_model(
         config: Defaults of the generation.
         slots: Rows of a `SlotDecoder` that `tf.saved_model.load` finds as `slots`; 0: there is none.
         slot_length: Most tokens of a row of it. None: the model's context.
+        batching: Whether the graph puts calls of `serving_default`, `generate` and `score` together that
+            come at the same time, for servers that do not.
         **limits: Fields of `Limits`, the most that a request may ask for.
 
     Returns:
@@ -200,7 +220,7 @@ def export_saved_model(
     if slots and is_seq2seq:
         raise ValueError(f"Slots are for models that continue a text. Received: slots={slots}")
     module = SavedModule(model, tokenizer)
-    functions = _generation_functions(generator, scorer(generator))
+    functions = _generation_functions(generator, scorer(generator), _together(batching, generator.limits))
     omitted = {}
     if not is_seq2seq:
         functions |= _cached_functions(generator)
@@ -229,6 +249,7 @@ def export_masked_lm(
     path: str | os.PathLike,
     fill: Callable[[tf.Tensor, tf.Tensor], Outputs],
     limits: Limits,
+    batching: Batching | None = None,
 ) -> pathlib.Path:
     """Writes a SavedModel that fills the masks of texts.
 
@@ -239,13 +260,15 @@ def export_masked_lm(
         model, tokenizer, path: As in `export_saved_model`.
         fill: From texts and numbers `[batch]` to the outputs.
         limits: The most that a request may ask for.
+        batching: Whether the graph puts calls together.
 
     Returns:
         The folder.
     """
+    graph = functools.partial(_graph, together=_together(batching, limits))
     functions = {
-        "serving_default": _graph(lambda text: fill(text, tf.fill([tf.size(text)], 5)), _spec("text")),
-        "fill": _graph(fill, _spec("text"), _spec("top_k", tf.int32)),
+        "serving_default": graph(lambda text: fill(text, tf.fill([tf.size(text)], 5)), _spec("text")),
+        "fill": graph(fill, _spec("text"), _spec("top_k", tf.int32)),
     }
     return _write(SavedModule(model, tokenizer), functions, model, path, limits)
 
@@ -256,6 +279,7 @@ def export_classifier(
     path: str | os.PathLike,
     classify: Callable[..., Outputs],
     limits: Limits,
+    batching: Batching | None = None,
 ) -> pathlib.Path:
     """Writes a SavedModel that classifies texts.
 
@@ -267,6 +291,7 @@ def export_classifier(
         model, tokenizer, path: As in `export_saved_model`.
         classify: From texts, and perhaps second texts, `[batch]` to the outputs.
         limits: The most that a request may ask for.
+        batching: Whether the graph puts calls together.
 
     Returns:
         The folder.
@@ -279,10 +304,11 @@ def export_classifier(
         scores = outputs["probabilities"] if "probabilities" in outputs else outputs["scores"]
         return {"classes": tf.tile(labels[None], [tf.shape(scores)[0], 1]), "scores": scores}
 
+    graph = functools.partial(_graph, together=_together(batching, limits))
     functions = {
-        "serving_default": _graph(classify, _spec("text")),
-        "classify_pairs": _graph(classify, _spec("text"), _spec("second_text")),
-        "classify": _graph(classify_examples, _spec("inputs")),
+        "serving_default": graph(classify, _spec("text")),
+        "classify_pairs": graph(classify, _spec("text"), _spec("second_text")),
+        "classify": graph(classify_examples, _spec("inputs")),
     }
     methods = {"classify": CLASSIFY}
     return _write(SavedModule(model, tokenizer), functions, model, path, limits, methods)
@@ -295,6 +321,7 @@ def export_embedder(
     embed: Callable[[tf.Tensor], Outputs],
     limits: Limits,
     more: Mapping[str, Any],
+    batching: Batching | None = None,
 ) -> pathlib.Path:
     """Writes a SavedModel that turns texts into vectors.
 
@@ -305,11 +332,13 @@ def export_embedder(
         embed: From texts `[batch]` to the outputs.
         limits: The most that a request may ask for.
         more: Entries of the manifest that say how the vectors are made.
+        batching: Whether the graph puts calls together.
 
     Returns:
         The folder.
     """
-    functions = {"serving_default": _graph(embed, _spec("text")), "embed": _graph(embed, _spec("text"))}
+    graph = functools.partial(_graph, together=_together(batching, limits))
+    functions = {"serving_default": graph(embed, _spec("text")), "embed": graph(embed, _spec("text"))}
     return _write(SavedModule(model, tokenizer), functions, model, path, limits, more=more)
 
 

@@ -39,6 +39,14 @@ class RowTexts(NamedTuple):
     end: tf.Tensor
 
 
+def check_stop_strings(stop: tf.Tensor) -> tf.Tensor:
+    """Returns stop strings `[batch, count]` if there are not too many of them."""
+    stop = tf.ensure_shape(stop, [None, None])
+    count = tf.shape(stop)[1]
+    message = f"There may be at most {MOST_STOP_STRINGS} `stop` strings per row. Received: {{}}."
+    return after([rule(count <= MOST_STOP_STRINGS, message, count)], stop)
+
+
 def read_stop_strings(stop: tf.Tensor) -> StopStrings:
     """Checks stop strings and lays them out.
 
@@ -49,17 +57,7 @@ def read_stop_strings(stop: tf.Tensor) -> StopStrings:
     Returns:
         The stop strings.
     """
-    stop = tf.ensure_shape(stop, [None, None])
-    stop = after(
-        [
-            rule(
-                tf.shape(stop)[1] <= MOST_STOP_STRINGS,
-                f"There may be at most {MOST_STOP_STRINGS} `stop` strings per row. Received: {{}}.",
-                tf.shape(stop)[1],
-            )
-        ],
-        stop,
-    )
+    stop = check_stop_strings(stop)
     stop = check_texts("stop", stop, LONGEST_STOP_STRING)
     counts = tf.math.cumprod(tf.cast(stop != "", tf.int32), axis=1)
     lengths = tf.strings.length(stop) * counts

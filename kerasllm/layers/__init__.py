@@ -15,7 +15,6 @@ from kerasllm.layers.position import (
     RotaryEmbedding,
     SinusoidalPositionEncoding,
 )
-from kerasllm.layers.precision import StoredHalfPolicy
 from kerasllm.layers.transformer import DecoderBlock, EncoderBlock
 
 __all__ = [
@@ -33,6 +32,5 @@ __all__ = [
     "SelfAttention",
     "SimplifiedSelfAttention",
     "SinusoidalPositionEncoding",
-    "StoredHalfPolicy",
     "TokenEmbedding",
 ]

@@ -11,7 +11,8 @@ import keras
 
 from kerasllm.checkpoints import Checkpoint, load_checkpoint, save_folder
 from kerasllm.files import new_file
-from kerasllm.layers import StoredHalfPolicy, TokenEmbedding
+from kerasllm.layers import TokenEmbedding
+from kerasllm.layers.precision import StoredHalfPolicy
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
@@ -192,16 +193,16 @@ class Task(keras.Model):
             )
         return copy
 
-    def export(
-        self, path: str | os.PathLike, *, dtype: str | None = None, **limits: int | None
-    ) -> pathlib.Path:
+    def export(self, path: str | os.PathLike, *, dtype: str | None = None, **kwargs: Any) -> pathlib.Path:
         """Writes the model as a SavedModel that reads text and runs without kerasllm.
 
         Args:
             path: The folder; for TensorFlow Serving a version number below the model's folder, such as
                 `served/my_model/1`.
             dtype: Precision of the weights, as in `with_dtype`. None: that of the model.
-            **limits: Fields of `kerasllm.generation.Limits`: the most that a request may ask for.
+            **kwargs: `batching`: a `kerasllm.export.Batching`, where the graph is to put calls together
+                that come at the same time, for servers that do not; and the fields of
+                `kerasllm.generation.Limits`: the most that a request may ask for.
 
         Returns:
             The folder.
@@ -212,11 +213,11 @@ class Task(keras.Model):
         """
         require_tensorflow("An export")
         if dtype is not None:
-            return self.with_dtype(dtype).export(path, **limits)
+            return self.with_dtype(dtype).export(path, **kwargs)
         self._require_tokenizer()
-        return self._export(path, **limits)
+        return self._export(path, **kwargs)
 
-    def _export(self, path: str | os.PathLike, **limits: int | None) -> pathlib.Path:
+    def _export(self, path: str | os.PathLike, **kwargs: Any) -> pathlib.Path:
         """Writes the SavedModel of a kind of task."""
         raise NotImplementedError
 

@@ -197,15 +197,15 @@ class CausalLM(TokenTraining, GeneratingTask):
 
     # Export
 
-    def export(self, path: str | os.PathLike, *, dtype: str | None = None, **kwargs) -> pathlib.Path:
+    def export(self, path: str | os.PathLike, **kwargs) -> pathlib.Path:
         """Writes the model as a file that runs without kerasllm.
 
         Args:
             path: `….tflite` for LiteRT, otherwise the folder of a SavedModel; for TensorFlow Serving a
                 version number below the model's folder, such as `served/my_model/1`.
-            dtype: Precision of the weights, as in `with_dtype`. None: that of the model.
             **kwargs: As in `kerasllm.export.export_saved_model`, such as the limits of a request, or in
-                `kerasllm.export.export_litert`.
+                `kerasllm.export.export_litert`; and `dtype`, the precision of the weights, as in
+                `with_dtype`.
 
         Returns:
             The path.
@@ -214,7 +214,7 @@ class CausalLM(TokenTraining, GeneratingTask):
             FileExistsError: If `path` exists.
             ValueError: If the model has no tokenizer or an argument does not fit.
         """
-        return super().export(path, dtype=dtype, **kwargs)
+        return super().export(path, **kwargs)
 
     def _export(self, path, **kwargs):
         write = export_litert if str(path).endswith(".tflite") else export_saved_model

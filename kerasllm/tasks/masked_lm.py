@@ -166,7 +166,7 @@ class MaskedLM(TokenTraining, TextTask):
             ]
         return results[0] if single else results
 
-    def _export(self, path, **limits):
+    def _export(self, path, batching=None, **limits):
         limits = Limits(**limits)
         tokenizer = self.tokenizer
         if tokenizer.mask_id is None:
@@ -177,6 +177,7 @@ class MaskedLM(TokenTraining, TextTask):
             path,
             lambda text, top_k: self._fill_in_graph(text, top_k, limits),
             limits.within(self.model.config.context_length),
+            batching,
         )
 
     def _fill_in_graph(self, text: tf.Tensor, top_k: tf.Tensor, limits: Limits) -> dict[str, tf.Tensor]:

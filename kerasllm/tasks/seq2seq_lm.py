@@ -209,5 +209,5 @@ class Seq2SeqLM(TokenTraining, GeneratingTask):
 
     # Export
 
-    def _export(self, path, **limits):
-        return export_saved_model(self.model, self.tokenizer, path, self.generation_config, **limits)
+    def _export(self, path, **kwargs):
+        return export_saved_model(self.model, self.tokenizer, path, self.generation_config, **kwargs)

@@ -126,7 +126,7 @@ class SequenceClassifier(Training, TextTask):
             scores[number] = row
         return scores
 
-    def _export(self, path, **limits):
+    def _export(self, path, batching=None, **limits):
         limits = Limits(**limits)
         return export_classifier(
             self.model,
@@ -134,6 +134,7 @@ class SequenceClassifier(Training, TextTask):
             path,
             lambda text, second_text=None: self._classify_in_graph(text, second_text, limits),
             limits.within(self.model.config.context_length),
+            batching,
         )
 
     def _classify_in_graph(

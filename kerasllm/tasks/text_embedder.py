@@ -166,7 +166,7 @@ class TextEmbedder(TextTask):
         )
         return unit @ other_unit.T
 
-    def _export(self, path, **limits):
+    def _export(self, path, batching=None, **limits):
         limits = Limits(**limits)
         more = {"pooling": self.pooling, "normalize": self.normalize, "max_length": self.max_length}
         prompts = {"prompts": dict(self.prompts), "default_prompt": self.default_prompt}
@@ -177,6 +177,7 @@ class TextEmbedder(TextTask):
             lambda text: self._embed_in_graph(text, limits),
             limits.within(self.model.config.context_length),
             {**more, **prompts},
+            batching,
         )
 
     def _embed_in_graph(self, text: tf.Tensor, limits: Limits) -> dict[str, tf.Tensor]:

@@ -22,7 +22,10 @@ def live_row(task, request):
     return task.generate_tokens(request["prompt"], most, stop_strings=request["stop"], **settings)[0]
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.slow)])
+SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(200, marks=SLOW)])
 def test_random_joins_and_leaves(random_loaded, random_lm, count):
     slots = random_loaded.slots
     with pytest.raises(tf.errors.InvalidArgumentError, match="must be made by `reset`"):
