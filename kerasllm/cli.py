@@ -25,6 +25,8 @@ examples:
   kerasllm export runs/mine served/mine/1               for TensorFlow Serving
   kerasllm export runs/mine served/mine/2 --verify --docker
   kerasllm export runs/mine phone/mine.tflite           for LiteRT
+  kerasllm export runs/mine mine.litertlm --quantize int8
+  kerasllm run-litert mine.litertlm "Hello"             as a phone runs it
   kerasllm serve served/mine --rest_api_port=8501
   kerasllm doctor
 """
@@ -194,13 +196,17 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=32, help="sequences at once (default: %(default)s)"
     )
 
-    command = add("export", _export, "write a SavedModel for servers or a .tflite for devices")
+    command = add(
+        "export", _export, "write a SavedModel for servers, or a .tflite or .litertlm for devices"
+    )
     model_argument(
         command,
         "precision of the weights: float32 (default), bfloat16, or, to save memory, float16 or int8, with "
         "which a SavedModel computes in float32",
     )
-    command.add_argument("path", help="a new version folder, such as served/my_model/1, or a .tflite file")
+    command.add_argument(
+        "path", help="a new version folder, such as served/my_model/1, or a .tflite or .litertlm"
+    )
     command.add_argument(
         "--overwrite", action="store_true", help="replace a folder, and files of --docker, that are there"
     )
@@ -216,6 +222,51 @@ def _parser() -> argparse.ArgumentParser:
         help="write what runs the models under TensorFlow Serving into tf_serving/ beside them",
     )
     command.add_argument("--license", help="license of the weights (default: what the checkpoint says)")
+
+    devices = command.add_argument_group("for devices", "options of a .tflite or .litertlm")
+    devices.add_argument(
+        "--quantize",
+        choices=["none", "fp16", "int8", "int4"],
+        help="precision of the weights (default: int8 for a .litertlm, none for a .tflite)",
+    )
+    devices.add_argument(
+        "--cache-length", type=int, metavar="TOKENS", help="most tokens of prompt and answer"
+    )
+    devices.add_argument(
+        "--prefill-lengths", type=int, nargs="+", metavar="TOKENS", help="tokens that one call may read"
+    )
+    devices.add_argument(
+        "--decode-lengths",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help="of a .tflite: lengths of a text up to which a quicker decoding is written too",
+    )
+    devices.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="held-out texts to compare the export on (default: stories)",
+    )
+    devices.add_argument(
+        "--largest-divergence", type=float, metavar="NATS", help="refuse an export that diverges further"
+    )
+    devices.add_argument(
+        "--force", action="store_true", help="write it all the same, and where memory seems too small"
+    )
+
+    command = add("run-litert", _run_litert, "run a .litertlm with LiteRT-LM, or a .tflite with LiteRT")
+    command.add_argument("path", help="the file")
+    command.add_argument("prompt", metavar="PROMPT", help="a message; for a .tflite a text to continue")
+    command.add_argument("--max-new-tokens", type=int, help="most tokens to generate")
+    command.add_argument("--raw", action="store_true", help="of a .litertlm: no chat, continue the prompt")
+    command.add_argument("--threads", type=int, help="threads (default: those of the processor)")
+
+    command = add("benchmark-litert", _benchmark_litert, "measure a .litertlm with LiteRT-LM")
+    command.add_argument("path", help="the file")
+    command.add_argument("--prompt-tokens", type=int, default=128, help="(default: %(default)s)")
+    command.add_argument("--new-tokens", type=int, default=64, help="(default: %(default)s)")
+    command.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
 
     command = add("serve", _serve, "serve an exported model over TensorFlow Serving's gRPC and REST")
     command.add_argument("path", help="folder with the numbered versions, such as served/my_model")
@@ -406,11 +457,17 @@ def _export(arguments) -> int:
     from kerasllm.tasks import load_task
     from kerasllm.tasks.pipeline import PIPELINES
 
-    if arguments.path.endswith(".tflite"):
+    device_options = _device_options(arguments)
+    if arguments.path.endswith((".tflite", ".litertlm")):
         if arguments.overwrite or arguments.verify or arguments.docker or arguments.license:
-            raise ValueError("A .tflite file takes none of --overwrite, --verify, --docker, --license.")
-        print(f"written: {_load(arguments, 'text-generation').export(arguments.path)}")
+            raise ValueError("A file for devices takes none of --overwrite, --verify, --docker, --license.")
+        path = _load(arguments, "text-generation").export(arguments.path, **device_options)
+        print(f"written: {path}")
+        print(f'next: kerasllm run-litert {path} "…"')
         return 0
+    if device_options:
+        names = ", ".join("--" + name.replace("_", "-") for name in device_options)
+        raise ValueError(f"{names}: for a .tflite or .litertlm only. Received: {arguments.path}")
     stored = arguments.dtype if arguments.dtype in ("float16", "int8") else None
     model = load_task(arguments.model, PIPELINES, None if stored else arguments.dtype)
     path = release(
@@ -425,6 +482,44 @@ def _export(arguments) -> int:
     if arguments.docker:
         print(f"written: {write_deployment(path, arguments.overwrite)}")
     print(f"next: kerasllm serve {path.parent} --rest_api_port=8501")
+    return 0
+
+
+def _device_options(arguments) -> dict:
+    """What was given of the options of an export for devices."""
+    names = ("quantize", "cache_length", "prefill_lengths", "decode_lengths", "largest_divergence", "force")
+    options = {name: getattr(arguments, name) for name in names}
+    options["texts"] = None
+    if arguments.data:
+        from kerasllm.data import read_documents
+
+        options["texts"] = list(read_documents(arguments.data))
+    options = {name: value for name, value in options.items() if value not in (None, False)}
+    if options.get("quantize") == "none":
+        options["quantize"] = None
+    return options
+
+
+def _run_litert(arguments) -> int:
+    settings = {"num_threads": arguments.threads}
+    if arguments.path.endswith(".litertlm"):
+        from kerasllm.litertlm import generate
+
+        settings["raw"] = arguments.raw
+    else:
+        from kerasllm.litert import generate
+    for piece in generate(arguments.path, arguments.prompt, arguments.max_new_tokens, **settings):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _benchmark_litert(arguments) -> int:
+    from kerasllm.litertlm import benchmark
+
+    results = benchmark(arguments.path, arguments.prompt_tokens, arguments.new_tokens, arguments.threads)
+    for name, value in results.items():
+        print(f"{name:<26} {value:.4g}")
     return 0
 
 

@@ -13,7 +13,12 @@ from packaging.requirements import Requirement
 # Extra -> modules that must import for it to work.
 EXTRAS = {
     "serving": ("grpc", "tensorflow_serving.apis.predict_pb2", "starlette", "uvicorn", "kerasllm_serving"),
-    "litert": ("ai_edge_litert.interpreter",),
+    "litert": (
+        "ai_edge_litert.interpreter",
+        "litert_lm",
+        "litert_lm_builder",
+        "litert_quantizer.quantizer",
+    ),
     "test": ("pytest", "pytest_timeout"),
 }
 

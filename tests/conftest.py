@@ -86,4 +86,4 @@ def random_loaded(random_served):
 def tflite(random_lm, tmp_path_factory):
     """`random_lm` as a LiteRT model whose cache is not a multiple of its prefill lengths."""
     path = tmp_path_factory.mktemp("litert") / "model.tflite"
-    return random_lm.export(path, prefill_lengths=(4, 16), cache_length=46)
+    return random_lm.export(path, prefill_lengths=(4, 16), cache_length=46, decode_lengths=(24,))

@@ -4,6 +4,7 @@ from kerasllm.export.batching import Batching
 from kerasllm.export.deployment import write_deployment
 from kerasllm.export.extra import describe_source
 from kerasllm.export.litert import export_litert
+from kerasllm.export.litertlm import export_litertlm
 from kerasllm.export.release import release
 from kerasllm.export.saved_model import (
     export_classifier,
@@ -20,6 +21,7 @@ __all__ = [
     "export_classifier",
     "export_embedder",
     "export_litert",
+    "export_litertlm",
     "export_masked_lm",
     "export_saved_model",
     "release",

@@ -1,35 +1,70 @@
 """The `.tflite` that a phone runs: the Keras layers with the cache as inputs and outputs."""
 
+import contextlib
+import importlib.util
+import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
+from kerasllm.export import litert_worker
 from kerasllm.files import write_json
 from kerasllm.generation import GenerationConfig, cache_names, check_vocabularies
+from kerasllm.layers.table import TableFunctions, tables_used_with
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
-# Converts in a process of its own: the converter needs many times the model's size and keeps it.
-_CONVERT = """
-import sys, tensorflow as tf
-source, target, *signatures = sys.argv[1:]
-converter = tf.lite.TFLiteConverter.from_saved_model(source, signature_keys=signatures)
-with open(target, "wb") as file:
-    file.write(converter.convert())
-"""
+# The largest mean divergence from the float32 model, in nats per token, at which an export is written.
+LARGEST_DIVERGENCE = {None: 1e-3, "fp16": 1e-2, "int8": 0.1, "int4": 0.5}
+# So many times the float32 weights is what the converter needs at its peak, measured with 135 million.
+_CONVERTER_MEMORY = 11
+# Cache of a model with a longer context: attention reads all of it for each token.
+_LONGEST_CACHE = 2048
+# TensorFlow operations that TFLite has as builtin ones, of those that graphs of the layers are made of.
+_CONVERTIBLE = frozenset(
+    "Add AddV2 ArgMax BatchMatMulV2 BiasAdd BroadcastTo Cast ConcatV2 Const Cos Cumsum Div Einsum "
+    "Equal Erf Exp ExpandDims Fill FloorMod Gather GatherNd GatherV2 Greater GreaterEqual Identity "
+    "IdentityN Less LessEqual Log LogicalAnd LogicalNot LogicalOr MatMul Max Maximum Mean Min Minimum "
+    "Mul Neg NoOp NotEqual OneHot Pack PartitionedCall Placeholder Pow Prod Range ReadVariableOp "
+    "RealDiv Relu Reshape ResourceGather ReverseV2 Rsqrt Select SelectV2 Shape Sigmoid Sin Slice "
+    "Softmax Split Sqrt Square SquaredDifference Squeeze StatefulPartitionedCall StopGradient "
+    "StridedSlice Sub Sum Tanh Tile Transpose Unpack XlaDynamicUpdateSlice ZerosLike".split()
+)
 
 
-def _signature(model: LanguageModel, length: int, cache_length: int, with_logits: bool):
+@tf.function(experimental_implements="embedding_matmul", autograph=False)
+def _embedding_lookup(table, ids):
+    """What the converter turns into EMBEDDING_LOOKUP, which shares its table with a tied head."""
+    return tf.gather(table, ids)
+
+
+def _look_up(table, ids):
+    rows = _embedding_lookup(table, tf.reshape(ids, [-1]))
+    return tf.reshape(rows, [*ids.shape, table.shape[-1]])
+
+
+def _score(vectors, table):
+    logits = tf.matmul(vectors, table, transpose_b=True)
+    # Nothing is smaller, and behind this no factor, such as that of a logit cap, is folded into the
+    # matrix: a tied table would be stored a second time.
+    return tf.maximum(logits, logits.dtype.min)
+
+
+def _signature(model: LanguageModel, length: int, cache_length: int, columns: int, with_logits: bool):
     """A function with the inputs and outputs that LiteRT-LM expects, for `length` tokens at once."""
     specs = {
         "tokens": tf.TensorSpec([1, length], tf.int32, name="tokens"),
         "input_pos": tf.TensorSpec([length], tf.int32, name="input_pos"),
-        "mask": tf.TensorSpec([1, 1, length, cache_length], tf.float32, name="mask"),
+        "mask": tf.TensorSpec([1, 1, length, columns], tf.float32, name="mask"),
     }
     for number, pair in enumerate(model.make_cache(1, cache_length)):
         for name, array in zip(cache_names(number), pair, strict=True):
@@ -38,7 +73,9 @@ def _signature(model: LanguageModel, length: int, cache_length: int, with_logits
     @tf.function(autograph=False)
     def run(tokens, input_pos, mask, **caches):
         cache = [tuple(caches[name] for name in cache_names(number)) for number in range(len(caches) // 2)]
-        logits, cache = model(tokens, attention_mask=mask, cache=cache, cache_index=input_pos[0])
+        arguments = {"attention_mask": mask, "cache": cache, "cache_index": input_pos[0]}
+        # Without logits the head is left out: what reads a prompt does not pay for it.
+        logits, cache = model(tokens, with_head=with_logits, **arguments)
         outputs = {
             name: array
             for number, pair in enumerate(cache)
@@ -46,7 +83,8 @@ def _signature(model: LanguageModel, length: int, cache_length: int, with_logits
         }
         return {**outputs, "logits": logits} if with_logits else outputs
 
-    return run.get_concrete_function(**specs)
+    with tables_used_with(TableFunctions(_look_up, _score)):
+        return run.get_concrete_function(**specs)
 
 
 def export_litert(
@@ -54,8 +92,14 @@ def export_litert(
     tokenizer: Tokenizer,
     path: str | os.PathLike,
     config: GenerationConfig | None = None,
-    prefill_lengths: Sequence[int] = (8, 32, 128),
+    prefill_lengths: Sequence[int] = (8, 32, 128, 512),
     cache_length: int | None = None,
+    decode_lengths: Sequence[int] = (),
+    quantize: str | None = None,
+    texts: Sequence[str] = (),
+    largest_divergence: float | None = None,
+    force: bool = False,
+    verbose: bool = True,
 ) -> pathlib.Path:
     """Writes a `.tflite` of builtin ops with prefill and decode signatures, and its tokenizer beside it.
 
@@ -63,71 +107,327 @@ def export_litert(
     `[N]`, `mask` float32 `[1, 1, N, cache_length]` (0 or a large negative number), `kv_cache_k_<i>`
     float32 `[1, kv_heads, cache_length, head_dim]`, `kv_cache_v_<i>` float32 `[1, kv_heads, head_dim,
     cache_length]`. Outputs: the caches; `decode` also `logits` float32 `[1, 1, vocabulary]`. This is the
-    contract of Google's LiteRT-LM.
+    contract of Google's LiteRT-LM. `decode_<M>` is `decode` with a mask of M columns, which reads only the
+    beginning of the cache.
 
     Args:
         model: The model, in float32.
         tokenizer: Its tokenizer.
-        path: The file to write, ending in `.tflite`, in a folder of its own: `tokenizer.json` and
-            `generation_config.json` are written beside it.
+        path: The file to write, ending in `.tflite`, in a folder of its own: `tokenizer.json`,
+            `generation_config.json` and `report.json` are written beside it.
         config: Defaults of the generation.
         prefill_lengths: Numbers of tokens that one call may take in; those above `cache_length` are
             left out.
-        cache_length: Most tokens of prompt and continuation. None: the model's context.
+        cache_length: Most tokens of prompt and continuation. None: the model's context, but not more
+            than 2,048.
+        decode_lengths: Lengths of a text up to which there is a `decode_<M>` of its own, which is quicker;
+            each needs memory of its own in the runtime. Those not below `cache_length` are left out.
+        quantize: `"int8"`: weights of 8 bits with a scale per row. `"int4"`: weights of 4 bits in blocks
+            of 32, token table and head of 8. `"fp16"`: weights of 16 bits. None: float32.
+        texts: Held-out texts on which the export is compared with the model; none: it is not compared.
+        largest_divergence: The largest mean Kullback-Leibler divergence from the model, in nats per
+            token, with which a file is written. None: that of `LARGEST_DIVERGENCE`.
+        force: Whether the file is written above that, and where memory seems too small.
+        verbose: Whether to print what is done, with seconds and memory.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: If a number, the precision or the name does not fit.
+        ValueError: If a number, the precision or the name does not fit, the model has an operation that
+            LiteRT has not, or the export diverges.
         FileExistsError: If `path` or a file beside it exists.
+        ModuleNotFoundError: If what quantises or compares is not installed.
+        MemoryError: If there is too little memory for the conversion.
         RuntimeError: If the converter fails.
     """
     path = pathlib.Path(path)
-    context = model.config.context_length
-    cache_length = context if cache_length is None else cache_length
     if path.suffix != ".tflite":
         raise ValueError(f"A LiteRT model's name must end in .tflite. Received: {path}")
-    for file in (path, path.parent / "tokenizer.json", path.parent / "generation_config.json"):
+    beside = [path.parent / name for name in ("tokenizer.json", "generation_config.json", "report.json")]
+    for file in (path, *beside):
         if file.exists():
             raise FileExistsError(
                 "An export never overwrites, and each LiteRT model needs a folder of its own. "
                 f"Received: {path}, where this exists: {file.name}"
             )
+    settings = (config or GenerationConfig()).to_huggingface(tokenizer.eos_id)
+    with converted(
+        model,
+        tokenizer,
+        path,
+        prefill_lengths=prefill_lengths,
+        cache_length=cache_length,
+        decode_lengths=decode_lengths,
+        quantize=quantize,
+        texts=texts,
+        largest_divergence=largest_divergence,
+        force=force,
+        verbose=verbose,
+    ) as (file, report):
+        tokenizer.save(path.parent)
+        write_json(beside[1], settings)
+        write_json(beside[2], report)
+        # The model last: where it is, everything that it needs is.
+        os.replace(file, path)
+    return path
+
+
+@contextlib.contextmanager
+def converted(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    path: pathlib.Path,
+    *,
+    prefill_lengths: Sequence[int],
+    cache_length: int | None = None,
+    decode_lengths: Sequence[int] = (),
+    quantize: str | None = None,
+    texts: Sequence[str] = (),
+    largest_divergence: float | None = None,
+    force: bool = False,
+    verbose: bool = True,
+) -> Iterator[tuple[pathlib.Path, dict[str, Any]]]:
+    """Converts a model into a temporary folder beside a file to be, and compares it.
+
+    Args:
+        path: The file to be.
+        model, tokenizer, prefill_lengths, cache_length, decode_lengths, quantize, texts,
+        largest_divergence, force, verbose: As in `export_litert`, which says what is raised.
+
+    Yields:
+        The `.tflite` in the folder, and the report.
+    """
+    context = model.config.context_length
+    cache_length = min(context, _LONGEST_CACHE) if cache_length is None else cache_length
+    if model.head != "causal_lm":
+        raise ValueError(
+            f"This export takes a model that continues texts. Received: a {type(model).__name__} with "
+            f"head={model.head!r}"
+        )
     if not 1 <= cache_length <= context:
         raise ValueError(
             f"`cache_length` must be from 1 to the context of {context} tokens. Received: {cache_length}"
         )
     if not prefill_lengths or min(prefill_lengths) < 1:
         raise ValueError(f"`prefill_lengths` must be at least 1 each. Received: {prefill_lengths}")
+    if decode_lengths and min(decode_lengths) < 1:
+        raise ValueError(f"`decode_lengths` must be at least 1 each. Received: {decode_lengths}")
+    if quantize not in LARGEST_DIVERGENCE:
+        kinds = ", ".join(map(repr, LARGEST_DIVERGENCE))
+        raise ValueError(f"`quantize` must be one of {kinds}. Received: {quantize!r}")
     if model.compute_dtype != "float32":
         raise ValueError(
             f"A LiteRT export takes a float32 model. Received: compute dtype {model.compute_dtype}"
         )
     check_vocabularies(model, tokenizer)
-    lengths = sorted({n for n in prefill_lengths if n <= cache_length}) or [1]
+    for module, is_needed in (("litert_quantizer", quantize), ("ai_edge_litert", quantize or texts)):
+        if is_needed and importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(
+                f"This export needs an extra: pip install 'kerasllm[litert]'. There is no {module}."
+            )
+    if not force:
+        check_memory(model)
 
-    module = tf.Module()
-    # Without its variables in sight the converter writes a model without weights, and says nothing.
-    module.model_variables = [variable.value for variable in model.variables]
-    signatures = {f"prefill_{n}": _signature(model, n, cache_length, False) for n in lengths}
-    signatures["decode"] = _signature(model, 1, cache_length, True)
+    shapes = {f"prefill_{n}": (n, cache_length) for n in sorted(set(prefill_lengths)) if n <= cache_length}
+    shapes = shapes or {"prefill_1": (1, cache_length)}
+    shapes |= {f"decode_{n}": (1, n) for n in sorted(set(decode_lengths)) if n < cache_length}
+    shapes["decode"] = (1, cache_length)
+    signatures = {
+        name: _signature(model, length, cache_length, columns, name.startswith("decode"))
+        for name, (length, columns) in shapes.items()
+    }
+    check_operations(signatures)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
-        source, target = os.path.join(work, "saved_model"), os.path.join(work, path.name)
-        tf.saved_model.save(module, source, signatures=signatures)
-        result = subprocess.run(
-            [sys.executable, "-c", _CONVERT, source, target, *signatures],
-            capture_output=True,
-            text=True,
-            check=False,
+        file = pathlib.Path(work, "model.tflite")
+        report = {"quantize": quantize, "cache_length": cache_length, "signatures": list(shapes)}
+        report |= convert(model, signatures, file, quantize, verbose)
+        if texts:
+            report |= compare_litert(model, tokenizer, file, texts, cache_length)
+            bound = LARGEST_DIVERGENCE[quantize] if largest_divergence is None else largest_divergence
+            report["largest_divergence"] = bound
+            if verbose:
+                print(format_report(report), flush=True)
+            # Written so that a divergence that is no number is above any bound.
+            if not report["divergence"] <= bound and not force:
+                raise ValueError(
+                    f"The export must not diverge from the model by more than {bound} nats per token; "
+                    f"`force` writes it all the same. Received: {report['divergence']:.4f}"
+                )
+        yield file, report
+
+
+def available_memory() -> int | None:
+    """Returns the bytes of memory that a new process may take, or None where the system does not say."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(1024 * int(line.split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # a container's bound; "max" where there is none
+        group = pathlib.Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(limit - used + int(stat.get("inactive_file", 0)))  # the cache of files gives way
+    return min(found, default=None)
+
+
+def check_memory(model: LanguageModel) -> None:
+    """Raises a MemoryError where there is too little memory to convert a model."""
+    needed, available = _CONVERTER_MEMORY * 4 * model.count_params(), available_memory()
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"The conversion needs about {needed / 1e9:.1f} GB of memory; `force` tries all the same. "
+            f"Received: {available / 1e9:.1f} GB available"
         )
-        if result.returncode:
-            raise RuntimeError(f"The LiteRT converter failed:\n{result.stderr[-4000:]}")
-        tokenizer.save(path.parent)
-        settings = (config or GenerationConfig()).to_huggingface(tokenizer.eos_id)
-        write_json(path.parent / "generation_config.json", settings)
-        # The model last: where it is, everything that it needs is.
-        os.replace(target, path)
-    return path
+
+
+def check_operations(signatures: dict[str, Any]) -> None:
+    """Raises a ValueError if a graph has an operation that would need more than LiteRT's builtin ones.
+
+    Args:
+        signatures: Concrete functions by name.
+    """
+    for name, function in signatures.items():
+        graph = function.graph.as_graph_def()
+        nodes = [*graph.node, *(node for inner in graph.library.function for node in inner.node_def)]
+        if unknown := sorted({node.op for node in nodes} - _CONVERTIBLE):
+            raise ValueError(
+                f"A LiteRT export is made of LiteRT's builtin operations. Received: {unknown} in {name}"
+            )
+
+
+def convert(
+    model: LanguageModel,
+    signatures: dict[str, Any],
+    target: pathlib.Path,
+    quantize: str | None = None,
+    verbose: bool = True,
+) -> dict[str, Any]:
+    """Converts functions of a model in a process of its own.
+
+    Args:
+        model: The model, whose weights the functions use.
+        signatures: Concrete functions of fixed shapes, by name.
+        target: The `.tflite` to write.
+        quantize: As in `export_litert`.
+        verbose: Whether to print what is done.
+
+    Returns:
+        What it took: `size_bytes`, `weight_bytes` (of the model, in float32), `peak_bytes`, `seconds`.
+
+    Raises:
+        RuntimeError: If the converter fails.
+    """
+    begin, peak = time.monotonic(), 0
+    weights = 4 * model.count_params()
+    if verbose:
+        print(f"LiteRT: converting {weights / 1e6:.1f} MB of weights", flush=True)
+    module = tf.Module()
+    # Without its variables in sight the converter writes a model without weights, and says nothing.
+    module.model_variables = [variable.value for variable in model.variables]
+    with tempfile.TemporaryDirectory(prefix="saved_model.", dir=target.parent) as source:
+        tf.saved_model.save(module, source, signatures=signatures)
+        rows = model.config.vocabulary_size
+        # -P: the folder of the program is no place to import from.
+        command = [sys.executable, "-P", litert_worker.__file__, source, target, quantize or "none", rows]
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+            process = subprocess.Popen(
+                [*map(str, command), *signatures], stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+            for line in process.stdout:
+                if not line.startswith('{"step"'):
+                    continue
+                step = json.loads(line)
+                peak = max(peak, step["peak_bytes"])
+                if verbose:
+                    print(
+                        f"LiteRT: {step['step']} in {step['seconds']:.1f} s, "
+                        f"peak memory {step['peak_bytes'] / 1e9:.2f} GB",
+                        flush=True,
+                    )
+            if process.wait():
+                errors.seek(0)
+                why = errors.read()[-4000:]
+                if process.returncode == -9:
+                    why = "It was killed, as the system does where memory ends.\n" + why
+                raise RuntimeError(f"The LiteRT converter failed:\n{why}")
+    return {
+        "size_bytes": target.stat().st_size,
+        "weight_bytes": weights,
+        "peak_bytes": peak,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def compare_litert(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    file: str | os.PathLike,
+    texts: Sequence[str],
+    cache_length: int,
+    most_tokens: int = 512,
+) -> dict[str, float]:
+    """Compares a `.tflite` with the model that it was made of.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        file: The file.
+        texts: Held-out texts.
+        cache_length: Of the file; longer texts are cut.
+        most_tokens: How many tokens are looked at, of the texts one after another.
+
+    Returns:
+        `tokens`: how many tokens were predicted; `nll` and `model_nll`: mean negative log-likelihood of
+        the file and of the model, in nats per token; `divergence`: mean Kullback-Leibler divergence of
+        the file from the model, in nats per token; `top1_agreement`: how often their likeliest tokens
+        agree; `decode_tokens_per_second`.
+
+    Raises:
+        ValueError: If the texts hold no two tokens.
+    """
+    from kerasllm.litert import CachedModel
+
+    runtime = CachedModel(file)
+    sums = dict.fromkeys(("nll", "model_nll", "divergence", "top1_agreement"), 0.0)
+    count, seconds = 0, 0.0
+    for text in texts:
+        ids = tokenizer.encode(text)[: min(cache_length, most_tokens - count + 1)]
+        if len(ids) < 2:
+            continue
+        wanted = tf.nn.log_softmax(model(np.array([ids], "int32"))[0]).numpy()
+        begin = time.monotonic()
+        logits = np.stack([runtime.decode(token, place) for place, token in enumerate(ids)])
+        seconds += time.monotonic() - begin
+        got = tf.nn.log_softmax(logits).numpy()
+        follows = np.arange(len(ids) - 1), ids[1:]
+        sums["nll"] -= float(got[follows].sum())
+        sums["model_nll"] -= float(wanted[follows].sum())
+        wanted, got = wanted[:-1].astype("float64"), got[:-1].astype("float64")
+        sums["divergence"] += float((np.exp(wanted) * (wanted - got)).sum())
+        sums["top1_agreement"] += float((wanted.argmax(-1) == got.argmax(-1)).sum())
+        count += len(ids) - 1
+        if count >= most_tokens:
+            break
+    if not count:
+        raise ValueError("`texts` must hold at least two tokens in one text. Received: none")
+    speed = (count + 1) / seconds if seconds else math.inf
+    means = {name: total / count for name, total in sums.items()}
+    return {"tokens": count, **means, "decode_tokens_per_second": speed}
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Returns the lines that say what an export is like, of a report as `report.json` holds it."""
+    rows = [
+        ("weights", report["quantize"] or "float32"),
+        ("size", f"{report['size_bytes'] / 1e6:.1f} MB (float32: {report['weight_bytes'] / 1e6:.1f} MB)"),
+        ("held-out tokens", report["tokens"]),
+        ("nats per token", f"{report['nll']:.4f} (float32: {report['model_nll']:.4f})"),
+        ("divergence", f"{report['divergence']:.5f} (at most {report['largest_divergence']})"),
+        ("top-1 agreement", f"{report['top1_agreement']:.4f}"),
+        ("decode", f"{report['decode_tokens_per_second']:.1f} tokens/s on this machine"),
+    ]
+    return "\n".join(f"{name:<16} {value}" for name, value in rows)

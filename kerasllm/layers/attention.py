@@ -140,6 +140,14 @@ def _write_cache(cache, keys, values, index):
     return cache, *(swap_cache_layout(cache) if in_xla else cache)
 
 
+def _first_columns(keys, values, mask):
+    """Leaves out the columns of the cache that lie behind those of the mask, where shapes are static."""
+    width = None if mask is None else mask.shape[-1]
+    if isinstance(width, int) and isinstance(keys.shape[2], int) and width < keys.shape[2]:
+        return keys[:, :, :width], values[:, :, :, :width]
+    return keys, values
+
+
 def _write(cache, new, index, axis):
     """Writes `new` into `cache` from column `index` of `axis` on."""
     if isinstance(index, int):  # known when the graph is made: plain slices, which run everywhere
@@ -497,7 +505,8 @@ class MultiHeadAttention(keras.layers.Layer):
             x: Floats `[batch, length, width]`: where the queries come from.
             memory: Floats `[batch, memory_length, memory_width]`: where keys and values come from.
                 None: from `x` (self-attention).
-            attention_mask: Which keys count, see `mask_bias`; combined with the causal rule.
+            attention_mask: Which keys count, see `mask_bias`; combined with the causal rule. One with
+                fewer columns than the cache has reads that many columns only.
             position_bias: Floats `[batch or 1, num_heads, length, keys]` added to the scores, see
                 `RelativePositionBias`.
             positions: Integers `[length]` or `[batch, length]` for the rotary embedding. None: the
@@ -542,6 +551,7 @@ class MultiHeadAttention(keras.layers.Layer):
             keys, values = self._keys_and_values(flat, length, waves)
             if cache is not None:
                 cache, keys, values = _write_cache(cache, keys, values, cache_index)
+                keys, values = _first_columns(keys, values, attention_mask)
 
         # b batch, k key-value heads, g query heads per key-value head, q queries, h head width.
         # The g heads of a group are consecutive, and stacking them along the queries lets one product

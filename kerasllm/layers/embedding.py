@@ -5,6 +5,7 @@ from keras import ops
 
 from kerasllm.layers.gradient import is_traced_for_gradient
 from kerasllm.layers.shapes import flatten, unflatten
+from kerasllm.layers.table import table_functions
 from kerasllm.layers.xla import is_traced_for_xla
 
 
@@ -64,13 +65,18 @@ class TokenEmbedding(keras.layers.Layer):
             Vectors `[..., dim]`, or with `reverse=True` logits `[..., vocabulary_size]`, in the
             compute dtype.
         """
+        functions = table_functions()
         if not reverse:
+            if functions is not None:
+                return functions.look_up(ops.convert_to_tensor(self.embeddings), inputs)
             vectors = ops.cast(ops.take(self.embeddings, inputs, axis=0), self.compute_dtype)
             if self.embeddings_scale is not None:
                 vectors *= ops.take(self.embeddings_scale, inputs, axis=0)[..., None]
             return vectors
         flat, table = flatten(inputs), ops.cast(ops.convert_to_tensor(self.embeddings), self.compute_dtype)
-        if is_traced_for_gradient():
+        if functions is not None:
+            logits = functions.score(flat, table)
+        elif is_traced_for_gradient():
             # Reshaped, it is a value and no variable, which would want a gradient of its own kind.
             logits = _score(flat, ops.reshape(table, (self.vocabulary_size, self.dim)))
         elif is_traced_for_xla():  # where a wide table is multiplied several times faster from the left

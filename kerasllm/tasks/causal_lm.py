@@ -1,5 +1,6 @@
 """A model that continues text: fit, evaluate, generate, save, export."""
 
+import importlib.util
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +10,15 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from kerasllm.data import language_model_dataset
-from kerasllm.export import export_litert, export_saved_model
+from kerasllm.data import generate_stories, language_model_dataset
+from kerasllm.export import export_litert, export_litertlm, export_saved_model
 from kerasllm.tasks.base import Task
 from kerasllm.tasks.generation import GeneratingTask
 from kerasllm.tasks.texts import holds_texts
 from kerasllm.training import TokenTraining
+
+# The stories on which an export is compared with its model: of a seed that no training has by default.
+_HELD_OUT_STORIES, _HELD_OUT_SEED = 16, 987_654_321
 
 
 @keras.saving.register_keras_serializable(package="kerasllm")
@@ -201,11 +205,13 @@ class CausalLM(TokenTraining, GeneratingTask):
         """Writes the model as a file that runs without kerasllm.
 
         Args:
-            path: `….tflite` for LiteRT, otherwise the folder of a SavedModel; for TensorFlow Serving a
-                version number below the model's folder, such as `served/my_model/1`.
+            path: `….tflite` for LiteRT, `….litertlm` for LiteRT-LM, otherwise the folder of a SavedModel;
+                for TensorFlow Serving a version number below the model's folder, such as
+                `served/my_model/1`.
             **kwargs: As in `kerasllm.export.export_saved_model`, such as the limits of a request, or in
-                `kerasllm.export.export_litert`; and `dtype`, the precision of the weights, as in
-                `with_dtype`.
+                `kerasllm.export.export_litert` and `export_litertlm`, such as `quantize`; and `dtype`, the
+                precision of the weights, as in `with_dtype`. Where `texts` is left out and the runtime is
+                installed, an export for devices is compared with the model on stories made by the library.
 
         Returns:
             The path.
@@ -217,5 +223,8 @@ class CausalLM(TokenTraining, GeneratingTask):
         return super().export(path, **kwargs)
 
     def _export(self, path, **kwargs):
-        write = export_litert if str(path).endswith(".tflite") else export_saved_model
+        writers = {".tflite": export_litert, ".litertlm": export_litertlm}
+        write = writers.get(pathlib.Path(path).suffix, export_saved_model)
+        if write is not export_saved_model and importlib.util.find_spec("ai_edge_litert") is not None:
+            kwargs.setdefault("texts", generate_stories(_HELD_OUT_STORIES, seed=_HELD_OUT_SEED))
         return write(self.model, self.tokenizer, path, self.generation_config, **kwargs)
