@@ -43,15 +43,13 @@ class Generator:
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
-        from tokenizers import Tokenizer
-
         path = pathlib.Path(path)
         beside = [path.parent / name for name in ("tokenizer.json", "generation_config.json")]
         for file in (path, *beside):
             if not file.is_file():
                 raise FileNotFoundError(f"A LiteRT model needs {file.name}. There is no file: {file}")
-        self.tokenizer = Tokenizer.from_file(str(beside[0]))
-        self.tokenizer.encode_special_tokens = True  # a prompt's text is never a special token
+        # A prompt's text is never a special token.
+        self.tokenizer = _read_tokenizer(beside[0], parse_special=False)
         self.settings = _read_settings(json.loads(beside[1].read_text(encoding="utf-8")))
         self._model = CachedModel(path, num_threads)
         self.cache_length = self._model.cache_length
@@ -179,19 +177,8 @@ class CachedModel:
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
-        from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
-        from ai_edge_litert.interpreter import Interpreter
-
-        options = Options(
-            hardware_accelerators=HardwareAccelerator.CPU,
-            cpu_options=CpuOptions(num_threads=num_threads or os.cpu_count() or 1),
-        )
-        try:
-            Interpreter(str(path))  # only this one looks whether a file is whole, the other crashes
-            self._model = CompiledModel.from_file(str(path), options=options)
-            names = self._model.get_signature_list()
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"Not a LiteRT model, or a damaged one: {path} ({error})") from error
+        self._model = _load(path, num_threads)
+        names = self._model.get_signature_list()
         self._prefills = {
             int(match[1]): name for name in names if (match := re.fullmatch(r"prefill_(\d+)", name))
         }
@@ -264,6 +251,106 @@ class CachedModel:
         columns = min(n for n in self._decodes if n > position)
         self._run(self._decodes[columns], [token], 1, position, columns)
         return self._logits.read(self._vocabulary, np.float32)
+
+
+class Encoder:
+    """A model in a `.tflite` file that reads whole texts: an embedder, a classifier, a masked model.
+
+    Args:
+        path: The file; `tokenizer.json` and `encoder.json` lie beside it.
+        num_threads: Threads of the runtime. None: those of the processor.
+
+    Raises:
+        FileNotFoundError: If one of the files is missing.
+        ValueError: If the file is not such a model.
+    """
+
+    def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
+        path = pathlib.Path(path)
+        beside = [path.parent / name for name in ("tokenizer.json", "encoder.json")]
+        for file in (path, *beside):
+            if not file.is_file():
+                raise FileNotFoundError(f"A LiteRT model needs {file.name}. There is no file: {file}")
+        self.settings = json.loads(beside[1].read_text(encoding="utf-8"))
+        self.tokenizer = _read_tokenizer(beside[0], self.settings["parse_special"])
+        if (length := self.settings["max_length"]) is not None:
+            self.tokenizer.enable_truncation(length)
+        self._model = _load(path, num_threads)
+        self._buffers = {}
+        for length in self.settings["lengths"]:
+            name = f"encode_{length}"
+            signature = self._model.get_signature_list()[name]
+            inputs = {n: self._model.create_input_buffer_by_name(name, n) for n in signature["inputs"]}
+            outputs = {n: self._model.create_output_buffer_by_name(name, n) for n in signature["outputs"]}
+            self._buffers[length] = inputs, outputs
+
+    def __call__(self, text: str, second_text: str | None = None) -> dict[str, np.ndarray]:
+        """Computes what the task finds in a text, or in a pair of texts.
+
+        Args:
+            text: The text.
+            second_text: The second of a pair.
+
+        Returns:
+            The outputs by name, without the axis of the batch: `embedding` `[dim]`, `probabilities` or
+            `scores` `[labels]`, or `logits` `[tokens, vocabulary]`.
+
+        Raises:
+            ValueError: If the text has no token or too many.
+        """
+        text = self.settings.get("prompt", "") + text
+        pair = () if second_text is None else (second_text,)
+        encoding = self.tokenizer.encode(text, *pair)
+        count = len(encoding.ids)
+        fitting = [length for length in self._buffers if length >= count]
+        if not count or not fitting:
+            raise ValueError(
+                f"A text must be of 1 to {max(self._buffers)} tokens. Received: {count} tokens"
+            )
+        length = min(fitting)
+        values = {
+            "token_ids": encoding.ids + [self.settings["padding_id"]] * (length - count),
+            "attention_mask": [1] * count + [0] * (length - count),
+            "token_type_ids": encoding.type_ids + [0] * (length - count),
+        }
+        inputs, outputs = self._buffers[length]
+        for name, buffer in inputs.items():
+            buffer.write(np.array([values[name]], "int32"))
+        self._model.run_by_name(f"encode_{length}", inputs, outputs)
+        results = {}
+        for name, buffer in outputs.items():
+            shape = self._model.get_output_tensor_details(f"encode_{length}")[name]["shape"]
+            results[name] = buffer.read(int(np.prod(shape)), np.float32).reshape(shape)[0]
+            if name == "logits":  # one for each token
+                results[name] = results[name][:count]
+        return results
+
+
+def _read_tokenizer(path: pathlib.Path, parse_special: bool) -> Any:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = not parse_special
+    # What a file says of cutting and filling up is for other programs.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _load(path: str | os.PathLike, num_threads: int | None) -> Any:
+    """The model in the runtime."""
+    from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
+    from ai_edge_litert.interpreter import Interpreter
+
+    options = Options(
+        hardware_accelerators=HardwareAccelerator.CPU,
+        cpu_options=CpuOptions(num_threads=num_threads or os.cpu_count() or 1),
+    )
+    try:
+        Interpreter(str(path))  # only this one looks whether a file is whole, the other crashes
+        return CompiledModel.from_file(str(path), options=options)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"Not a LiteRT model, or a damaged one: {path} ({error})") from error
 
 
 class _Text:

@@ -4,6 +4,7 @@ from kerasllm.export.batching import Batching
 from kerasllm.export.deployment import write_deployment
 from kerasllm.export.extra import describe_source
 from kerasllm.export.litert import export_litert
+from kerasllm.export.litert_encoder import export_litert_encoder, export_litert_seq2seq
 from kerasllm.export.litertlm import export_litertlm
 from kerasllm.export.release import release
 from kerasllm.export.saved_model import (
@@ -21,6 +22,8 @@ __all__ = [
     "export_classifier",
     "export_embedder",
     "export_litert",
+    "export_litert_encoder",
+    "export_litert_seq2seq",
     "export_litertlm",
     "export_masked_lm",
     "export_saved_model",

@@ -32,9 +32,9 @@ _LONGEST_CACHE = 2048
 # TensorFlow operations that TFLite has as builtin ones, of those that graphs of the layers are made of.
 _CONVERTIBLE = frozenset(
     "Add AddV2 ArgMax BatchMatMulV2 BiasAdd BroadcastTo Cast ConcatV2 Const Cos Cumsum Div Einsum "
-    "Equal Erf Exp ExpandDims Fill FloorMod Gather GatherNd GatherV2 Greater GreaterEqual Identity "
+    "Equal Erf Erfc Exp ExpandDims Fill FloorMod Gather GatherNd GatherV2 Greater GreaterEqual Identity "
     "IdentityN Less LessEqual Log LogicalAnd LogicalNot LogicalOr MatMul Max Maximum Mean Min Minimum "
-    "Mul Neg NoOp NotEqual OneHot Pack PartitionedCall Placeholder Pow Prod Range ReadVariableOp "
+    "Mul Neg NoOp NotEqual OneHot Pack Pad PadV2 PartitionedCall Placeholder Pow Prod Range ReadVariableOp "
     "RealDiv Relu Reshape ResourceGather ReverseV2 Rsqrt Select SelectV2 Shape Sigmoid Sin Slice "
     "Softmax Split Sqrt Square SquaredDifference Squeeze StatefulPartitionedCall StopGradient "
     "StridedSlice Sub Sum Tanh Tile Transpose Unpack XlaDynamicUpdateSlice ZerosLike".split()
@@ -57,6 +57,11 @@ def _score(vectors, table):
     # Nothing is smaller, and behind this no factor, such as that of a logit cap, is folded into the
     # matrix: a tied table would be stored a second time.
     return tf.maximum(logits, logits.dtype.min)
+
+
+def lite_tables():
+    """While this is open, token tables are used as LiteRT stores them once."""
+    return tables_used_with(TableFunctions(_look_up, _score))
 
 
 def _signature(model: LanguageModel, length: int, cache_length: int, columns: int, with_logits: bool):
@@ -83,7 +88,7 @@ def _signature(model: LanguageModel, length: int, cache_length: int, columns: in
         }
         return {**outputs, "logits": logits} if with_logits else outputs
 
-    with tables_used_with(TableFunctions(_look_up, _score)):
+    with lite_tables():
         return run.get_concrete_function(**specs)
 
 

@@ -180,6 +180,12 @@ class MaskedLM(TokenTraining, TextTask):
             batching,
         )
 
+    def _compute_on_device(self, arguments):
+        return {"logits": self.model(**arguments)}
+
+    def _device_settings(self):
+        return {**super()._device_settings(), "parse_special": True}
+
     def _fill_in_graph(self, text: tf.Tensor, top_k: tf.Tensor, limits: Limits) -> dict[str, tf.Tensor]:
         """What `fill_mask` finds, of texts and numbers `[batch]`.
 

@@ -1,5 +1,6 @@
 """A model that reads one text and writes another: translation, summaries, answers."""
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import tensorflow as tf
 
 from kerasllm.checkpoints import Checkpoint
 from kerasllm.data.batching import finish_dataset, for_each_pass, pass_seeds, shuffle_values
-from kerasllm.export import export_saved_model
+from kerasllm.export import export_litert_seq2seq, export_saved_model
 from kerasllm.generation import GenerationConfig
 from kerasllm.models import LanguageModel
 from kerasllm.tasks.base import Task
@@ -210,4 +211,6 @@ class Seq2SeqLM(TokenTraining, GeneratingTask):
     # Export
 
     def _export(self, path, **kwargs):
-        return export_saved_model(self.model, self.tokenizer, path, self.generation_config, **kwargs)
+        is_litert = pathlib.Path(path).suffix == ".tflite"
+        write = export_litert_seq2seq if is_litert else export_saved_model
+        return write(self.model, self.tokenizer, path, self.generation_config, **kwargs)

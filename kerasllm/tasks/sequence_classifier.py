@@ -146,13 +146,22 @@ class SequenceClassifier(Training, TextTask):
             `label`: strings `[batch]`, the best; `probabilities`: float32 `[batch, labels]`. In a
             regression only `scores`: float32 `[batch, labels]`, the numbers.
         """
-        arguments = self._encode_in_graph(text, second_text, limits=limits)
+        outputs = self._compute_on_device(self._encode_in_graph(text, second_text, limits=limits))
+        if "scores" in outputs:
+            return outputs
+        labels = tf.constant([label.encode() for label in self.model.config.labels])
+        # The squashed scores lie as the scores, but where they are rounded to the same number.
+        return {"label": tf.gather(labels, tf.argmax(outputs["probabilities"], axis=-1)), **outputs}
+
+    def _compute_on_device(self, arguments):
         scores = tf.cast(self(arguments), tf.float32)
         if self.problem_type == "regression":
             return {"scores": scores}
-        labels = tf.constant([label.encode() for label in self.model.config.labels])
         squash = tf.sigmoid if self.problem_type == "multi_label_classification" else tf.nn.softmax
-        return {"label": tf.gather(labels, tf.argmax(scores, axis=-1)), "probabilities": squash(scores)}
+        return {"probabilities": squash(scores)}
+
+    def _device_settings(self):
+        return {**super()._device_settings(), "labels": list(self.model.config.labels)}
 
     # Training
 

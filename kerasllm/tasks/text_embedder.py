@@ -180,6 +180,13 @@ class TextEmbedder(TextTask):
             batching,
         )
 
+    def _compute_on_device(self, arguments):
+        return {"embedding": self(arguments)}
+
+    def _device_settings(self):
+        prompt = "" if self.default_prompt is None else self.prompts[self.default_prompt]
+        return {**super()._device_settings(), "max_length": self.max_length, "prompt": prompt}
+
     def _embed_in_graph(self, text: tf.Tensor, limits: Limits) -> dict[str, tf.Tensor]:
         """What `encode` makes of texts `[batch]`, with the default prompt before them.
 

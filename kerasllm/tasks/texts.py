@@ -1,11 +1,14 @@
 """What the tasks share that read whole texts at once: ids, padding, batches of similar lengths."""
 
+import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from kerasllm.export import export_litert_encoder
 from kerasllm.generation import Limits
 from kerasllm.generation.checks import after, check_batch, check_texts, rule
 from kerasllm.models import LanguageModel
@@ -36,6 +39,41 @@ class TextTask(Task):
             What the model returns.
         """
         return self.model(**self._arguments(inputs), training=training)
+
+    # Export
+
+    def export(self, path: str | os.PathLike, **kwargs) -> pathlib.Path:
+        """Writes the model as a file that runs without kerasllm.
+
+        Args:
+            path: `….tflite` for LiteRT, which reads token ids; otherwise the folder of a SavedModel, which
+                reads text, as in `Task.export`.
+            **kwargs: Of a `.tflite`, `lengths`, `quantize`, `force` and `verbose` as in
+                `kerasllm.export.export_litert_encoder`; otherwise as in `Task.export`.
+
+        Returns:
+            The path.
+
+        Raises:
+            FileExistsError: If `path` exists.
+            ValueError: If the model has no tokenizer or an argument does not fit.
+        """
+        if pathlib.Path(path).suffix != ".tflite":
+            return super().export(path, **kwargs)
+        require_tensorflow("An export")
+        settings = {"padding_id": self._padding_id, **self._device_settings()}
+        tokenizer, types = self._require_tokenizer(), self._has_token_types
+        return export_litert_encoder(
+            self.model, tokenizer, path, self._compute_on_device, settings, types, **kwargs
+        )
+
+    def _compute_on_device(self, arguments: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """What a device computes, of the arguments of the model for one text."""
+        raise NotImplementedError
+
+    def _device_settings(self) -> dict[str, Any]:
+        """What a device must know of the task besides: how texts are read, and the outputs."""
+        return {"max_length": None, "parse_special": False}
 
     def _encode(
         self, texts: Sequence[Text], max_length: int | None = None, parse_special: bool = False
