@@ -4,6 +4,7 @@ Each input and output has a name, and rows along its first axis, so that a serve
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -33,6 +34,7 @@ from kerasllm.generation import (
     batch_settings,
 )
 from kerasllm.generation.checks import check_texts
+from kerasllm.layers.precision import weights_widened_in_turn
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 from kerasllm.tokenizers.chat_graph import ChatEncoder
@@ -364,7 +366,8 @@ def _write(
         **(more or {}),
     }
     with new_folder(path) as folder:
-        tf.saved_model.save(module, str(folder), signatures=functions)
+        with _narrow_weights(model):
+            tf.saved_model.save(module, str(folder), signatures=functions)
         if methods:
             _name_methods(folder / "saved_model.pb", methods)
         extra = folder / "assets.extra"
@@ -373,6 +376,13 @@ def _write(
             write_json(extra / name, content)
         write_extra(folder, model, module.tokenizer)
     return pathlib.Path(path)
+
+
+def _narrow_weights(model: LanguageModel) -> contextlib.AbstractContextManager:
+    """In which graphs are traced that do not widen all narrow weights at once."""
+    if all(variable.dtype == model.compute_dtype for variable in model.variables):
+        return contextlib.nullcontext()
+    return weights_widened_in_turn(lambda tensor: tf.control_dependencies([tensor]))
 
 
 def _count_bytes(model: LanguageModel) -> dict[str, int]:

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from kerasllm.layers.gradient import is_traced_for_gradient
+from kerasllm.layers.precision import waiting_for
 from kerasllm.layers.shapes import flatten, unflatten
 from kerasllm.layers.table import table_functions
 from kerasllm.layers.xla import is_traced_for_xla
@@ -73,7 +74,9 @@ class TokenEmbedding(keras.layers.Layer):
             if self.embeddings_scale is not None:
                 vectors *= ops.take(self.embeddings_scale, inputs, axis=0)[..., None]
             return vectors
-        flat, table = flatten(inputs), ops.cast(ops.convert_to_tensor(self.embeddings), self.compute_dtype)
+        flat = flatten(inputs)
+        with waiting_for(flat):
+            table = ops.cast(ops.convert_to_tensor(self.embeddings), self.compute_dtype)
         if functions is not None:
             logits = functions.score(flat, table)
         elif is_traced_for_gradient():

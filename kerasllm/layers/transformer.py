@@ -8,6 +8,7 @@ from kerasllm.layers.attention import MultiHeadAttention
 from kerasllm.layers.feed_forward import FeedForward, GatedFeedForward
 from kerasllm.layers.gradient import forget_block, forget_inside
 from kerasllm.layers.norm import LayerNorm, RMSNorm
+from kerasllm.layers.precision import waiting_for
 
 
 class _Block(keras.layers.Layer):
@@ -135,11 +136,12 @@ class _Block(keras.layers.Layer):
         inputs = {"memory": memory, "position_bias": position_bias}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         call = super().__call__
-        return forget_block(
-            lambda x, *others: call(x, **dict(zip(inputs, others, strict=True)), **kwargs),
-            x,
-            *inputs.values(),
-        )
+        with waiting_for(x):
+            return forget_block(
+                lambda x, *others: call(x, **dict(zip(inputs, others, strict=True)), **kwargs),
+                x,
+                *inputs.values(),
+            )
 
     def _residual(self, x, norm, branch, last_norm):
         """Adds a branch to the stream, with the norm before the branch or after the sum."""
