@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     devices = command.add_argument_group("for devices", "options of a .tflite or .litertlm")
     devices.add_argument(
         "--quantize",
-        choices=["none", "fp16", "int8", "int4"],
+        choices=["none", "fp16", "int8", "int8_weights", "int4"],
         help="precision of the weights (default: int8 for a .litertlm, none for a .tflite)",
     )
     devices.add_argument(

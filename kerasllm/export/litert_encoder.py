@@ -205,7 +205,7 @@ def _new_model(
                 "An export never overwrites, and each LiteRT model needs a folder of its own. "
                 f"Received: {path}, where this exists: {file.name}"
             )
-    if quantize not in (kinds := (None, "fp16", "int8", "int4")):
+    if quantize not in (kinds := (None, "fp16", "int8", "int4", "int8_weights")):
         raise ValueError(f"`quantize` must be one of {kinds}. Received: {quantize!r}")
     if quantize and importlib.util.find_spec("litert_quantizer") is None:
         raise ModuleNotFoundError("`quantize` needs an extra: pip install 'kerasllm[litert]'.")

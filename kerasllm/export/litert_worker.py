@@ -55,7 +55,7 @@ def score_names(model: bytes, rows: int) -> list[str]:
 
 
 def recipe(kind: str, heads: list[str]) -> list[dict]:
-    """The quantiser's recipe for a kind: int8, int4 or fp16.
+    """The quantiser's recipe for a kind: int8, int4, int8_weights or fp16.
 
     Matrices and the token table only. One scale per row, and the same rule for every use of the tied
     table, or it would be stored twice.
@@ -63,6 +63,7 @@ def recipe(kind: str, heads: list[str]) -> list[dict]:
     Args:
         kind: `"int8"`: weights of 8 bits, multiplied with activations that are quantised as they come.
             `"int4"`: the same with weights of 4 bits in blocks of 32, but 8 bits for table and head.
+            `"int8_weights"`: weights of 8 bits, which are widened when they are used.
             `"fp16"`: weights of 16 bits, which are widened when the model is loaded.
         heads: What `score_names` returns.
     """
@@ -75,6 +76,10 @@ def recipe(kind: str, heads: list[str]) -> list[dict]:
             rules.add_weight_only_config(
                 regex=".*", operation_name=operation, num_bits=16, algorithm_key="float_casting"
             )
+        return rules.get_quantization_recipe()
+    if kind == "int8_weights":
+        for operation in (matrix, table):
+            rules.add_weight_only_config(regex=".*", operation_name=operation, num_bits=8)
         return rules.get_quantization_recipe()
     bits = {"int8": 8, "int4": 4}[kind]
     blocks = {"granularity": qtyping.QuantGranularity.BLOCKWISE_32} if bits == 4 else {}

@@ -320,7 +320,9 @@ def test_int8_of_llama_is_as_good_as_said_or_refused(llama, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "bound"), [(None, 1e-5), ("fp16", 1e-3), ("int4", 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "bound"), [(None, 1e-5), ("fp16", 1e-3), ("int4", 1.0), ("int8_weights", 3e-3)]
+)
 def test_other_precisions_of_llama(llama, tmp_path, kind, bound):
     arguments = {"prefill_lengths": (8,), "cache_length": 40, "quantize": kind}
     path = llama.export(tmp_path / "m.tflite", largest_divergence=bound, **arguments)
@@ -331,6 +333,7 @@ def test_other_precisions_of_llama(llama, tmp_path, kind, bound):
         == {
             None: {True: of.FLOAT32, False: of.FLOAT32},
             "fp16": {True: of.FLOAT32, False: of.FLOAT32},  # widened by an operation before
+            "int8_weights": {True: of.FLOAT32, False: of.FLOAT32},  # likewise
             "int4": {True: of.INT8, False: of.INT4},
         }[kind]
     )
