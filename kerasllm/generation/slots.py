@@ -15,15 +15,31 @@ from kerasllm.generation.stops import (
     read_stop_strings,
 )
 
+# The most alternatives to a token whose log-probabilities are kept, as many as OpenAI's API may ask for.
+MOST_ALTERNATIVES = 20
+# What `insert` takes beside `KNOBS`. No end of the text comes before `min_new_tokens`.
+FURTHER = (
+    tf.TensorSpec([None], tf.float32, name="presence_penalty"),
+    tf.TensorSpec([None], tf.float32, name="frequency_penalty"),
+    tf.TensorSpec([None], tf.int32, name="min_new_tokens"),
+    tf.TensorSpec([None, None], tf.int32, name="bias_ids"),
+    tf.TensorSpec([None, None], tf.float32, name="bias_values"),
+)
+
 
 class SlotDecoder(tf.Module):
     """Rows of a batch that are filled, stepped and freed one by one.
 
-    `reset` comes first and makes the memory, which no file holds. All functions return the same report of
-    all slots: `active`: booleans `[slots]`; `num_tokens`: int32 `[slots]`, new tokens so far; `token_ids`:
-    int32 `[slots, longest]`, these, filled up with -1; `finish_reason`: strings `[slots]`, empty while a
-    slot is active or free; `text`: strings `[slots]`, of an active slot what is final, which a stop string
-    may yet end before.
+    `reset` comes first and makes the memory, which no file holds. `reset`, `insert`, `step` and `free`
+    return the same report of all slots: `active`: booleans `[slots]`; `num_tokens`: int32 `[slots]`, new
+    tokens so far; `token_ids`: int32 `[slots, longest]`, these, filled up with -1; `logprobs`: float32
+    `[slots, longest]`, theirs under the model itself, filled up with 0; `finish_reason`: strings `[slots]`,
+    empty while a slot is active or free; `text`: strings `[slots]`, of an active slot what is final, which
+    a stop string may yet end before.
+
+    What a server needs besides: `alternatives` returns the likeliest tokens at each place of a slot's new
+    text, `token_texts` the bytes of tokens, `encode_chat` the ids of a rendered chat (where the tokenizer can
+    tell its special tokens from text that spells one), and `sizes` how large all this is.
 
     Args:
         generator: The model with its tokenizer, configuration and limits.
@@ -53,7 +69,7 @@ class SlotDecoder(tf.Module):
             for spec in specs
         ]
         scalar = tf.TensorSpec([], tf.int32, name="slot")
-        knobs = [tf.TensorSpec(knob.shape[1:], knob.dtype, name=knob.name) for knob in KNOBS]
+        knobs = [tf.TensorSpec(knob.shape[1:], knob.dtype, name=knob.name) for knob in KNOBS + FURTHER]
         self.reset = tf.function(self._reset, input_signature=[], autograph=False)
         self.insert = tf.function(
             self._insert,
@@ -64,22 +80,39 @@ class SlotDecoder(tf.Module):
             self._step, input_signature=[tf.TensorSpec([], tf.int32, name="steps")], autograph=False
         )
         self.free = tf.function(self._free, input_signature=[scalar], autograph=False)
+        self.alternatives = tf.function(self._alternatives, input_signature=[scalar], autograph=False)
+        ids = tf.TensorSpec([None], tf.int32, name="token_ids")
+        self.token_texts = tf.function(self._token_texts, input_signature=[ids], autograph=False)
+        self.sizes = tf.function(self._sizes, input_signature=[], autograph=False)
+        if generator.tokenizer.can_be_shielded:
+            text = tf.TensorSpec([], tf.string, name="text")
+            self.encode_chat = tf.function(self._encode_chat, input_signature=[text], autograph=False)
 
     # The memory is a flat list of variables; a row's part of it, and the whole, is this structure.
 
     def _begin(self, token_ids: tf.Tensor, *values: tf.Tensor):
         """A row `[1, ...]` after its first token: state, settings, stop strings, random numbers."""
         generator, _, length = self._plain
-        knobs = {spec.name: value[None] for spec, value in zip(KNOBS, values, strict=True)}
+        knobs = {spec.name: value[None] for spec, value in zip(KNOBS + FURTHER, values, strict=True)}
         stops = read_stop_strings(knobs.pop("stop"))
+        bias = self._bias(knobs.pop("bias_ids"), knobs.pop("bias_values"))
+        least = knobs.pop("min_new_tokens")
         lengths = tf.shape(token_ids)  # one row
         knobs = after(generator._check_knobs(lengths, knobs), knobs)
         uniform = uniform_numbers(knobs["seed"], tf.constant(length))
         settings = generator._settings(tf.constant(1), knobs)
+        settings = settings._replace(
+            min_new_tokens=tf.maximum(settings.min_new_tokens, tf.minimum(least, knobs["max_new_tokens"])),
+            logit_bias=settings.logit_bias + bias,
+        )
         before = tf.RaggedTensor.from_tensor(token_ids[None])
         watch = StopWatch(generator.tokenizer.decoder, stops, always=True)
         logits, state = prefill(
-            generator.model, token_ids[None], lengths, tf.constant(length), num_log_probabilities=0
+            generator.model,
+            token_ids[None],
+            lengths,
+            tf.constant(length),
+            num_log_probabilities=self._most_alternatives(),
         )
         state = state._replace(texts=watch.start(before))
         state = watch.look(append_token(state, logits, settings, uniform), lengths)
@@ -88,9 +121,33 @@ class SlotDecoder(tf.Module):
         stops = StopStrings(pad_to(padded, most, axis=1), pad_to(stops.lengths, most, axis=1))
         return state, _without_none(settings), stops, uniform
 
+    def _most_alternatives(self) -> int:
+        return min(MOST_ALTERNATIVES, self._plain[0].model.config.vocabulary_size)
+
+    def _bias(self, ids: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+        """What is added to the scores of one row, `[1, vocabulary]`."""
+        vocabulary = self._plain[0].model.config.vocabulary_size
+        count, numbers = tf.size(ids), tf.size(values)
+        rules = [
+            rule(
+                count == numbers,
+                "`bias_ids` and `bias_values` must be as many. Received: {} and {}.",
+                count,
+                numbers,
+            ),
+            rule(
+                (ids >= 0) & (ids < vocabulary),
+                f"`bias_ids` must be from 0 to {vocabulary - 1}. Received: {{}}.",
+                ids,
+            ),
+            rule(tf.math.is_finite(values), "`bias_values` must be finite. Received: {}.", values),
+        ]
+        ids, values = after(rules, (ids, values))
+        return tf.scatter_nd(ids[0][:, None], values[0], [vocabulary])[None]
+
     def _trace(self) -> list[tf.TensorSpec]:
         """The specs of the memory, in order."""
-        knobs = [tf.TensorSpec(knob.shape[1:], knob.dtype) for knob in KNOBS]
+        knobs = [tf.TensorSpec(knob.shape[1:], knob.dtype) for knob in KNOBS + FURTHER]
         begin = tf.function(self._begin, autograph=False)
         traced = begin.get_concrete_function(tf.TensorSpec([None], tf.int32), *knobs)
         self._structure = (traced.structured_outputs,)
@@ -101,8 +158,8 @@ class SlotDecoder(tf.Module):
         shapes = {
             id(state.sequences): [length],
             id(state.log_probabilities.chosen): [length],
-            id(state.log_probabilities.top_ids): [length, 0],
-            id(state.log_probabilities.top): [length, 0],
+            id(state.log_probabilities.top_ids): [length, self._most_alternatives()],
+            id(state.log_probabilities.top): [length, self._most_alternatives()],
             id(stops.bytes): [MOST_STOP_STRINGS, LONGEST_STOP_STRING],
             id(stops.lengths): [MOST_STOP_STRINGS],
             id(uniform): [length],
@@ -160,6 +217,11 @@ class SlotDecoder(tf.Module):
         repetition_penalty: tf.Tensor,
         seed: tf.Tensor,
         stop: tf.Tensor,
+        presence_penalty: tf.Tensor,
+        frequency_penalty: tf.Tensor,
+        min_new_tokens: tf.Tensor,
+        bias_ids: tf.Tensor,
+        bias_values: tf.Tensor,
     ) -> dict[str, tf.Tensor]:
         """Reads a prompt into a slot that is free or has ended, and makes its first token."""
         generator, slots, length = self._plain
@@ -188,7 +250,8 @@ class SlotDecoder(tf.Module):
             [rule(~state.active[slot], "A slot must be free or have ended. Received: slot {}.", slot)]
         ):
             drawing = (temperature, top_k, top_p, min_p, repetition_penalty)
-            row = self._begin(token_ids, max_new_tokens, *drawing, seed, stop)
+            further = (presence_penalty, frequency_penalty, min_new_tokens, bias_ids, bias_values)
+            row = self._begin(token_ids, max_new_tokens, *drawing, seed, stop, *further)
         updates = []
         for variable, value in zip(self.memory, tf.nest.flatten(row), strict=True):
             updates.append(variable.scatter_update(tf.IndexedSlices(value, slot[None])))
@@ -219,6 +282,38 @@ class SlotDecoder(tf.Module):
         self._write(state, settings, stops, uniform)
         return self._report(state, settings, stops)
 
+    def _alternatives(self, slot: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The likeliest tokens of each place of a slot's new text, `[new tokens, alternatives]`."""
+        slot = after([self._check_slot(slot)], slot)
+        state = self._read()[0]
+        begin, end = state.prompt_lengths[slot], state.lengths[slot]
+        kept = state.log_probabilities
+        return {"token_ids": kept.top_ids[slot, begin:end], "logprobs": kept.top[slot, begin:end]}
+
+    def _token_texts(self, token_ids: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The bytes that tokens stand for inside of a text, of special ones their names; `[any]`."""
+        tokenizer = self._plain[0].tokenizer
+        texts = [tokenizer.token_bytes(number) for number in range(tokenizer.vocabulary_size)]
+        for token, number in tokenizer.special_tokens.items():
+            texts[number] = token.encode()
+        ids = tf.where((token_ids >= 0) & (token_ids < len(texts)), token_ids, len(texts))
+        return {"text": tf.gather(tf.constant([*texts, b""]), ids)}
+
+    def _encode_chat(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The ids of a rendered chat, `[any]`, with `Shield.MARK` in spellings that are no special token."""
+        return {"token_ids": self._plain[0].tokenizer.tokenize_shielded(text[None]).values}
+
+    def _sizes(self) -> dict[str, tf.Tensor]:
+        """Numbers: of slots, of tokens in one, of tokens in the vocabulary, of alternatives."""
+        generator, slots, length = self._plain
+        numbers = {
+            "slots": slots,
+            "length": length,
+            "vocabulary": generator.model.config.vocabulary_size,
+            "alternatives": self._most_alternatives(),
+        }
+        return {name: tf.constant(number) for name, number in numbers.items()}
+
     def _check_slot(self, slot: tf.Tensor) -> tf.Operation:
         last = self._plain[1] - 1
         return rule((slot >= 0) & (slot <= last), f"`slot` must be from 0 to {last}. Received: {{}}.", slot)
@@ -233,7 +328,9 @@ class SlotDecoder(tf.Module):
         rows = watch.finish(state)
         columns = tf.range(tf.reduce_max(counts))[None]
         places = tf.minimum(state.prompt_lengths[:, None] + columns, tf.shape(state.sequences)[1] - 1)
-        ids = tf.where(columns < counts[:, None], tf.gather(state.sequences, places, batch_dims=1), -1)
+        is_new = columns < counts[:, None]
+        ids = tf.where(is_new, tf.gather(state.sequences, places, batch_dims=1), -1)
+        logprobs = tf.gather(state.log_probabilities.chosen, places, batch_dims=1)
         end = tf.where(rows.end < 0, tf.strings.length(rows.text), rows.end)
         is_stopped = (rows.end >= 0) | (counts < settings.max_new_tokens)
         whole = tf.strings.substr(rows.text, tf.zeros_like(end), end)
@@ -241,6 +338,7 @@ class SlotDecoder(tf.Module):
             "active": state.active,
             "num_tokens": counts,
             "token_ids": ids,
+            "logprobs": tf.where(is_new, logprobs, 0.0),
             "text": tf.where(has_ended, whole, tf.where(state.active, state.texts.text, "")),
             "finish_reason": tf.where(has_ended, tf.where(is_stopped, "stop", "length"), ""),
         }

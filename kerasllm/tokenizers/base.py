@@ -316,17 +316,40 @@ class Tokenizer(tf.Module):
         Raises:
             ValueError: As `render_chat`.
         """
-        if self._respelled.value:
-            raise ValueError(
-                "A chat needs special tokens that stay as they are when text is normalized. Received: "
-                f"{self._respelled.value}"
-            )
+        self._require_shield()
         template, named, options = self._chat_template_of(options)
         shield = Shield(list(self.special_tokens))
         protected = shield.protect(options)
         prompt = template.render(shield.protect_messages(messages), **(named | protected))
-        ids = self._graph_functions.tokenize_shielded(tf.constant([shield.to_bytes(prompt)]))
+        ids = self.tokenize_shielded(tf.constant([shield.to_bytes(prompt)]))
         return ids.values.numpy().tolist()
+
+    @property
+    def can_be_shielded(self) -> bool:
+        """Whether `tokenize_shielded` works: special tokens stay as they are when text is normalized."""
+        return not self._respelled.value
+
+    def tokenize_shielded(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        """Turns rendered chats, with `Shield`'s marks in them, into ids with TensorFlow ops.
+
+        Args:
+            texts: `[batch]` strings, UTF-8 but for the marks.
+
+        Returns:
+            `[batch, None]` int32 ids. A special token is one where no mark is in its spelling.
+
+        Raises:
+            ValueError: If special tokens are respelled when text is normalized.
+        """
+        self._require_shield()
+        return self._graph_functions.tokenize_shielded(texts)
+
+    def _require_shield(self) -> None:
+        if not self.can_be_shielded:
+            raise ValueError(
+                "A chat needs special tokens that stay as they are when text is normalized. Received: "
+                f"{self._respelled.value}"
+            )
 
     def make_chat_encoder(self, chat_template: str | None = None) -> ChatEncoder:
         """Makes what `encode_chat` does, with `add_generation_prompt`, a function of a graph.
@@ -341,11 +364,7 @@ class Tokenizer(tf.Module):
             ValueError: If there is no template, or one that does more than a graph can do.
         """
         template, named, _ = self._chat_template_of({"chat_template": chat_template})
-        if self._respelled.value:
-            raise ValueError(
-                "A chat needs special tokens that stay as they are when text is normalized. Received: "
-                f"{self._respelled.value}"
-            )
+        self._require_shield()
         if "strftime_now" in template.source:
             raise ValueError("A template in a graph must not depend on the day. Received: one that does")
         shield = Shield(list(self.special_tokens))

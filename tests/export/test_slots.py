@@ -3,14 +3,26 @@
 import pathlib
 import random
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from reference.saved_models import NUMBERS, SETTINGS, random_requests
 
+from kerasllm.generation.slots import FURTHER
 
-def arguments(request):
+FURTHER_TYPES = {spec.name: spec for spec in FURTHER}
+
+
+def arguments(request, **further):
     stop = tf.constant(request["stop"], tf.string)
-    return {**{name: tf.constant(request[name], NUMBERS[name]) for name in SETTINGS}, "stop": stop}
+    return {
+        **{name: tf.constant(request[name], NUMBERS[name]) for name in SETTINGS},
+        "stop": stop,
+        **{
+            name: tf.constant(further.get(name, 0 if len(spec.shape) == 1 else []), spec.dtype)
+            for name, spec in FURTHER_TYPES.items()
+        },
+    }
 
 
 def live_row(task, request):
@@ -59,6 +71,61 @@ def test_random_joins_and_leaves(random_loaded, random_lm, count):
                 assert freed["finish_reason"].numpy()[slot] == b""
                 del running[slot]
     assert done > count // 2
+
+
+def test_alternatives_and_penalties(random_loaded, random_lm):
+    """Log-probabilities, and what `insert` takes beside the knobs, are the task's."""
+    slots = random_loaded.slots
+    slots.reset()
+    request = next(random_requests(1, seed=5)) | {"temperature": 0.0, "max_new_tokens": 8, "stop": []}
+    ids = random_lm.tokenizer.encode(request["prompt"])
+    bias = {7: 3.0, 9: -50.0}
+    changes = {"presence_penalty": 0.7, "frequency_penalty": 1.5, "min_new_tokens": 8}
+    slots.insert(
+        slot=tf.constant(1),
+        token_ids=tf.constant(ids),
+        **arguments(request, **changes, bias_ids=list(bias), bias_values=list(bias.values())),
+    )
+    report = slots.step(steps=tf.constant(20))
+    live = random_lm.generate_tokens(
+        request["prompt"],
+        8,
+        repetition_penalty=request["repetition_penalty"],
+        logit_bias=bias,
+        logprobs=3,
+        **changes,
+    )[0]
+    plain = random_lm.generate_tokens(request["prompt"], 8, logprobs=0)[0]
+    assert live.token_ids != plain.token_ids
+    assert report["token_ids"][1].numpy().tolist() == live.token_ids
+    np.testing.assert_allclose(report["logprobs"][1], live.logprobs, atol=1e-4)
+    found = slots.alternatives(slot=tf.constant(1))
+    assert found["token_ids"].shape == (8, 20)
+    for place, top in enumerate(live.top_logprobs):
+        assert found["token_ids"][place, :3].numpy().tolist() == list(top)
+        np.testing.assert_allclose(found["logprobs"][place, :3], list(top.values()), atol=1e-4)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="`bias_ids` must be from 0 to 399"):
+        slots.insert(
+            slot=tf.constant(0),
+            token_ids=tf.constant(ids),
+            **arguments(request, bias_ids=[400], bias_values=[1.0]),
+        )
+
+
+def test_what_a_server_needs(random_loaded, random_lm):
+    slots, tokenizer = random_loaded.slots, random_lm.tokenizer
+    sizes = {name: int(number) for name, number in slots.sizes().items()}
+    assert sizes == {"slots": 3, "length": 64, "vocabulary": 400, "alternatives": 20}
+    end = tokenizer.eos_token
+    texts = slots.token_texts(token_ids=tf.constant([tokenizer.special_tokens[end], 5, 399, 400, -1]))[
+        "text"
+    ]
+    wanted = [end.encode(), tokenizer.token_bytes(5), tokenizer.token_bytes(399), b"", b""]
+    assert texts.numpy().tolist() == wanted
+    text = f"a{end}{end[0]}\udcfd{end[1:]}".encode("utf-8", "surrogateescape")
+    ids = slots.encode_chat(text=tf.constant(text))["token_ids"].numpy().tolist()
+    plain = [*tokenizer.encode("a"), tokenizer.special_tokens[end], *tokenizer.encode(end)]
+    assert ids == plain and ids.count(tokenizer.special_tokens[end]) == 1
 
 
 def test_bad_input(random_loaded):
