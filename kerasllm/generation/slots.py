@@ -300,7 +300,7 @@ class SlotDecoder(tf.Module):
         return {"text": tf.gather(tf.constant([*texts, b""]), ids)}
 
     def _encode_chat(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
-        """The ids of a rendered chat, `[any]`, with `Shield.MARK` in spellings that are no special token."""
+        """The ids of a rendered chat, `[any]`, with `Shield.MARK` in what is no special token."""
         return {"token_ids": self._plain[0].tokenizer.tokenize_shielded(text[None]).values}
 
     def _sizes(self) -> dict[str, tf.Tensor]:

@@ -110,6 +110,25 @@ class Servable:
             raise from_tensorflow(error) from error
         return [as_array(result) for result in results]
 
+    def call(self, signature_name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs a signature; safe to call from several threads.
+
+        Args:
+            signature_name: A name in `signatures`.
+            inputs: Arrays by the names of the inputs.
+
+        Returns:
+            Arrays by the names of the outputs.
+
+        Raises:
+            ServingError: If the graph fails, with the graph's own code and message.
+        """
+        signature = self.signatures[signature_name]
+        feeds = {signature.inputs[name].name: value for name, value in inputs.items()}
+        names = list(signature.outputs)
+        arrays = self.run(feeds, [signature.outputs[name].name for name in names])
+        return dict(zip(names, arrays, strict=True))
+
     def close(self) -> None:
         """Cancels what still runs and frees the session."""
         self._session.close()

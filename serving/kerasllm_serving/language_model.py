@@ -1,0 +1,195 @@
+"""What an exported folder tells and does beyond its signatures: texts to ids, chats, slots."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from kerasllm_serving.chat import ChatTemplate
+from kerasllm_serving.engine import Report, RowRequest
+from kerasllm_serving.errors import StartupError, invalid_argument
+from kerasllm_serving.model import Servable
+
+_EXTRA = "assets.extra"
+
+
+class LanguageModel:
+    """A loaded folder as OpenAI's API needs it.
+
+    Args:
+        name: Its name.
+        path: The version folder.
+        servable: The loaded version.
+
+    Attributes:
+        slots: What the engine runs; None: the folder was exported without slots.
+        chat_template: None: there is none.
+        generation_config: What the model's maker recommends, under Hugging Face's names.
+        can_embed: Whether there is a signature `embed`.
+    """
+
+    def __init__(self, name: str, path: Path, servable: Servable) -> None:
+        self.name = name
+        self.servable = servable
+        self.created = int((path / "saved_model.pb").stat().st_mtime)
+        self.can_embed = "embed" in servable.signatures
+        self.can_generate = "generate" in servable.signatures
+        self.manifest = _read_json(path / _EXTRA / "kerasllm_manifest.json")
+        self.generation_config = _read_json(path / _EXTRA / "generation_config.json")
+        self.slots = LoadedSlots(path) if self.manifest.get("slots") else None
+        self.chat_template = None
+        if self.slots is not None and self.slots.can_chat:
+            self.chat_template = _read_chat_template(path / _EXTRA)
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether OpenAI's API has a use for it."""
+        return self.can_generate or self.can_embed
+
+    def tokenize(self, text: str) -> list[int]:
+        """Turns a text into ids, with the tokens that the tokenizer puts around one.
+
+        Args:
+            text: The text; special tokens that it spells are plain text.
+        """
+        outputs = self.servable.call("tokenize", {"text": _strings([text])})
+        return outputs["token_ids"][0, : outputs["num_tokens"][0]].tolist()
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Turns ids into their text, with special tokens as the signature writes them."""
+        outputs = self.servable.call(
+            "detokenize",
+            {
+                "token_ids": np.array([token_ids], np.int32),
+                "num_tokens": np.array([len(token_ids)], np.int32),
+            },
+        )
+        return outputs["text"][0].decode()
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Turns texts into vectors of length 1, `[texts, dim]`."""
+        return self.servable.call("embed", {"text": _strings(texts)})["normalized_embedding"]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Turns a chat into the ids of its prompt.
+
+        Args:
+            messages: As in `ChatTemplate.render`.
+            **options: As there.
+        """
+        return self.slots.encode_chat(self.chat_template.render(messages, **options))
+
+
+class LoadedSlots:
+    """The functions below `slots` of a SavedModel, with arrays in and out; see `engine.SlotModel`.
+
+    Args:
+        path: The version folder.
+
+    Raises:
+        StartupError: If the folder's functions are not those that this server knows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._loaded = tf.saved_model.load(str(path))  # kept, for it owns the variables
+        self._slots = self._loaded.slots
+        if not hasattr(self._slots, "sizes"):
+            raise StartupError(
+                f"A folder with slots must be of this release. Received: {path}, of an older one; "
+                "export it again"
+            )
+        sizes = {name: int(number) for name, number in self._slots.sizes().items()}
+        self.slots, self.length = sizes["slots"], sizes["length"]
+        self.vocabulary, self.most_alternatives = sizes["vocabulary"], sizes["alternatives"]
+        self.can_chat = hasattr(self._slots, "encode_chat")
+
+    def reset(self) -> None:
+        """Makes the memory, and frees all slots."""
+        self._slots.reset()
+
+    def insert(self, slot: int, row: RowRequest) -> Report:
+        """Reads a prompt into a slot and makes its first token; returns the report of all slots."""
+        return _arrays(
+            self._slots.insert(
+                slot=_integer(slot),
+                token_ids=tf.constant(list(row.token_ids), tf.int32),
+                max_new_tokens=_integer(row.max_new_tokens),
+                temperature=_float(row.temperature),
+                top_k=_integer(row.top_k),
+                top_p=_float(row.top_p),
+                min_p=_float(row.min_p),
+                repetition_penalty=_float(row.repetition_penalty),
+                seed=_integer(row.seed),
+                stop=tf.constant(list(row.stop), tf.string),
+                presence_penalty=_float(row.presence_penalty),
+                frequency_penalty=_float(row.frequency_penalty),
+                min_new_tokens=_integer(row.min_new_tokens),
+                bias_ids=tf.constant(list(row.logit_bias), tf.int32),
+                bias_values=tf.constant(list(row.logit_bias.values()), tf.float32),
+            )
+        )
+
+    def step(self, steps: int) -> Report:
+        """Makes so many tokens for each active slot; returns the report of all slots."""
+        return _arrays(self._slots.step(steps=_integer(steps)))
+
+    def free(self, slot: int) -> None:
+        """Ends a slot before its time."""
+        self._slots.free(slot=_integer(slot))
+
+    def alternatives(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest tokens of each place of a slot's new text, and their log-probabilities."""
+        found = self._slots.alternatives(slot=_integer(slot))
+        return found["token_ids"].numpy(), found["logprobs"].numpy()
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The bytes that tokens stand for inside of a text."""
+        ids = tf.constant(list(token_ids), tf.int32)
+        return self._slots.token_texts(token_ids=ids)["text"].numpy().tolist()
+
+    def encode_chat(self, text: bytes) -> list[int]:
+        """The ids of a rendered chat, see `ChatTemplate`."""
+        return self._slots.encode_chat(text=tf.constant(text))["token_ids"].numpy().tolist()
+
+
+def _integer(number: int) -> tf.Tensor:
+    return tf.constant(number, tf.int32)
+
+
+def _float(number: float) -> tf.Tensor:
+    return tf.constant(number, tf.float32)
+
+
+def _arrays(outputs: Mapping[str, tf.Tensor]) -> Report:
+    return {name: value.numpy() for name, value in outputs.items()}
+
+
+def _strings(texts: Sequence[str]) -> np.ndarray:
+    try:
+        return np.array([text.encode() for text in texts], object)
+    except UnicodeEncodeError as error:
+        raise invalid_argument("Text must be valid Unicode. Received: half of a surrogate pair") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _read_chat_template(extra: Path) -> ChatTemplate | None:
+    settings = _read_json(extra / "tokenizer_config.json")
+    file = extra / "chat_template.jinja"
+    source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    if isinstance(source, list):  # several with names
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if source is None:
+        return None
+    named = {}
+    for key, value in settings.items():
+        if key.endswith("_token") and isinstance(value, str | dict):
+            named[key] = value if isinstance(value, str) else value["content"]
+    added = _read_json(extra / "tokenizer.json").get("added_tokens", [])
+    special = {token["content"] for token in added if token["special"]} | set(named.values())
+    return ChatTemplate(source, named, sorted(special))

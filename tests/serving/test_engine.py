@@ -1,0 +1,290 @@
+"""Rows of many requests beside each other: the same tokens, fair, bounded, and nothing lost."""
+
+import queue
+import random
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+from kerasllm_serving.engine import Engine, RowRequest, held_back
+from kerasllm_serving.errors import ServingError
+from kerasllm_serving.language_model import LoadedSlots
+from reference.saved_models import random_requests
+
+SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def slots(random_served):
+    return LoadedSlots(random_served / "1")
+
+
+@pytest.fixture
+def make_engine(slots):
+    engines = []
+
+    def make(model=slots, max_queue=100, **options):
+        engines.append(Engine(model, max_queue, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close(0)
+
+
+class Collected:
+    """A job and what came of it."""
+
+    def __init__(self, engine, *rows, **options):
+        self.pieces = queue.Queue()
+        self.job = engine.submit(rows, self.pieces.put, **options)
+
+    def rest(self):
+        """The pieces of each row, up to the end of all."""
+        found = {number: [] for number in range(len(self.job.rows))}
+        while not all(pieces and pieces[-1].finish_reason for pieces in found.values()):
+            piece = self.pieces.get(timeout=SECONDS)
+            if isinstance(piece, ServingError):
+                raise piece
+            found[piece.row].append(piece)
+        return list(found.values())
+
+
+def ids_of(pieces):
+    return [number for piece in pieces for number in piece.token_ids]
+
+
+def text_of(pieces):
+    return "".join(piece.text for piece in pieces)
+
+
+class Tally:
+    """Slots without a model: each row's tokens are 1, 2, 3 …, and each is a letter."""
+
+    slots, length, vocabulary = 2, 50, 60
+
+    def __init__(self):
+        self.log = []
+        self.may_step = threading.Event()
+        self.may_step.set()
+        self.fails = False
+        self.reset()
+
+    def reset(self):
+        self.rows = [None] * self.slots
+        self.counts = [0] * self.slots
+
+    def insert(self, slot, row):
+        self.log.append(("insert", slot, row.token_ids[0]))
+        self.rows[slot], self.counts[slot] = row, 1
+        return self.report()
+
+    def step(self, steps):
+        assert self.may_step.wait(SECONDS)
+        self.log.append(("step",))
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("the model is broken")
+        for slot, row in enumerate(self.rows):
+            if row is not None:
+                self.counts[slot] = min(self.counts[slot] + steps, row.max_new_tokens)
+        time.sleep(0.001)
+        return self.report()
+
+    def free(self, slot):
+        self.log.append(("free", slot))
+        self.rows[slot], self.counts[slot] = None, 0
+
+    def report(self):
+        ends = [row is not None and n >= row.max_new_tokens for row, n in zip(self.rows, self.counts, strict=True)]
+        ids = np.tile(np.arange(1, 51, dtype=np.int32), (self.slots, 1))
+        return {
+            "num_tokens": np.array(self.counts),
+            "token_ids": ids,
+            "logprobs": np.zeros(ids.shape, np.float32),
+            "text": np.array([b"abcdefghij"[:n] for n in self.counts], object),
+            "finish_reason": np.array([b"length" if end else b"" for end in ends], object),
+        }
+
+
+def test_each_row_is_as_if_alone(make_engine, random_lm):
+    """Random requests from several threads; some are cancelled in the middle."""
+    engine = make_engine(steps=2)
+    rng = random.Random(4)
+    done = []
+
+    def ask(requests):
+        for request, is_cancelled in requests:
+            fields = {**request, "token_ids": random_lm.tokenizer.encode(request["prompt"])}
+            del fields["prompt"]
+            collected = Collected(engine, RowRequest(**fields))
+            if is_cancelled:
+                collected.pieces.get(timeout=SECONDS)
+                collected.job.cancel()
+            else:
+                done.append((request, collected.rest()[0]))
+
+    requests = [(request, rng.random() < 0.25) for request in random_requests(24, seed=9)]
+    threads = [threading.Thread(target=ask, args=(requests[number::6],)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == sum(not is_cancelled for _, is_cancelled in requests)
+    for request, pieces in done:
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        settings = {name: request[name] for name in names}
+        if not request["temperature"]:
+            settings = {name: settings[name] for name in ("repetition_penalty", "seed")}
+        live = random_lm.generate_tokens(
+            request["prompt"], request["max_new_tokens"], stop_strings=request["stop"], **settings
+        )[0]
+        assert ids_of(pieces) == live.token_ids, request
+        assert text_of(pieces) == live.text, request
+        assert pieces[-1].finish_reason == live.finish_reason
+    deadline = time.monotonic() + SECONDS
+    while engine.num_running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.num_running == engine.num_waiting == 0
+
+
+def test_no_part_of_a_stop_string_comes(make_engine, random_lm):
+    """Whatever is a stop string: what was streamed is never taken back."""
+    engine = make_engine()
+    ids = random_lm.tokenizer.encode("Once upon a time")
+    whole = random_lm.generate_tokens("Once upon a time", 24)[0].text
+    for begin in range(2, len(whole) - 4, 3):
+        stop = whole[begin : begin + 4]
+        pieces = Collected(engine, RowRequest(token_ids=ids, max_new_tokens=24, stop=[stop])).rest()[0]
+        assert text_of(pieces) == whole[: whole.index(stop)]
+        assert pieces[-1].finish_reason == "stop"
+        assert all("\ufffd" not in piece.text or "\ufffd" in whole for piece in pieces)
+
+
+def test_held_back():
+    assert held_back(b"one two", ["two three"]) == 3
+    assert held_back(b"aab", ["abab", "bc"]) == 2
+    assert held_back("né".encode(), ["éa"]) == 2
+    assert held_back(b"abc", ["abc"]) == 0  # a whole one would have ended the row
+    assert held_back(b"", ["x"]) == held_back(b"x", []) == 0
+
+
+def test_alternatives(make_engine, random_lm):
+    engine = make_engine(steps=3)
+    ids = random_lm.tokenizer.encode("The")
+    live = random_lm.generate_tokens("The", 7, logprobs=2)[0]
+    row = RowRequest(token_ids=ids, max_new_tokens=7, alternatives=2)
+    for pieces in Collected(engine, row, row).rest():
+        found = [dict(pairs) for piece in pieces for pairs in piece.alternatives]
+        assert [list(pairs) for pairs in found] == [list(pairs) for pairs in live.top_logprobs]
+        logprobs = [number for piece in pieces for number in piece.logprobs]
+        np.testing.assert_allclose(logprobs, live.logprobs, atol=1e-4)
+
+
+def test_first_come_first_served(make_engine):
+    model = Tally()
+    model.may_step.clear()
+    engine = make_engine(model)
+    jobs = [
+        Collected(engine, RowRequest(token_ids=[number], max_new_tokens=2 + number % 3))
+        for number in range(9)
+    ]
+    model.may_step.set()
+    for job in jobs:
+        assert text_of(job.rest()[0]) == "abcdefghij"[: job.job.rows[0].max_new_tokens]
+    assert [entry[2] for entry in model.log if entry[0] == "insert"] == list(range(9))
+
+
+def test_a_full_queue_refuses(make_engine):
+    model = Tally()
+    model.may_step.clear()
+    engine = make_engine(model, max_queue=3)
+    row = RowRequest(token_ids=[1], max_new_tokens=5)
+    taken = [Collected(engine, row) for _ in range(5)]  # 2 in slots, 3 wait
+    for rows in ([row], [row, row]):
+        with pytest.raises(ServingError, match="The queue is full: ") as error:
+            Collected(engine, *rows)
+        assert error.value.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    taken[4].job.cancel()
+    model.may_step.set()
+    assert [text_of(job.rest()[0]) for job in taken[:4]] == ["abcde"] * 4
+    assert len([entry for entry in model.log if entry[0] == "insert"]) == 4
+
+
+def test_a_cancelled_row_leaves_before_the_next_step(make_engine):
+    model = Tally()
+    engine = make_engine(model)
+    running = Collected(engine, RowRequest(token_ids=[1], max_new_tokens=49))
+    running.pieces.get(timeout=SECONDS)
+    model.may_step.clear()
+    time.sleep(0.05)
+    running.job.cancel()
+    model.log.clear()
+    model.may_step.set()
+    waited = Collected(engine, RowRequest(token_ids=[2], max_new_tokens=2))
+    waited.rest()
+    # The step that was under way, and none of the 40 others.
+    before = model.log[: model.log.index(("free", 0))]
+    assert before.count(("step",)) <= 1
+
+
+def test_a_deadline_ends_rows_in_slots_and_in_the_queue(make_engine):
+    model = Tally()
+    model.may_step.clear()
+    engine = make_engine(model)
+    row = RowRequest(token_ids=[1], max_new_tokens=40)
+    jobs = [Collected(engine, row, deadline=time.monotonic() + 0.2) for _ in range(4)]
+    time.sleep(0.3)
+    model.may_step.set()
+    for job in jobs:
+        with pytest.raises(ServingError) as error:
+            job.rest()
+        assert error.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert len(Collected(engine, RowRequest(token_ids=[3], max_new_tokens=3)).rest()[0][-1].text) <= 3
+
+
+def test_a_failed_step_ends_its_rows_and_nothing_else(make_engine):
+    model = Tally()
+    model.may_step.clear()
+    engine = make_engine(model)
+    failed = Collected(engine, RowRequest(token_ids=[1], max_new_tokens=5))
+    model.fails = True
+    model.may_step.set()
+    with pytest.raises(ServingError, match="The model failed") as error:
+        failed.rest()
+    assert error.value.code == grpc.StatusCode.INTERNAL
+    assert text_of(Collected(engine, RowRequest(token_ids=[1], max_new_tokens=3)).rest()[0]) == "abc"
+
+
+def test_close_finishes_what_was_taken(make_engine):
+    model = Tally()
+    model.may_step.clear()
+    engine = make_engine(model)
+    row = RowRequest(token_ids=[1], max_new_tokens=8)
+    jobs = [Collected(engine, row) for _ in range(7)]
+    closer = threading.Thread(target=engine.close, args=(SECONDS,))
+    closer.start()
+    while not engine._is_closing:
+        time.sleep(0.001)
+    with pytest.raises(ServingError, match="shutting down") as error:
+        Collected(engine, row)
+    assert error.value.code == grpc.StatusCode.UNAVAILABLE
+    model.may_step.set()
+    assert [text_of(job.rest()[0]) for job in jobs] == ["abcdefgh"] * 7
+    closer.join(SECONDS)
+    assert not closer.is_alive()
+
+
+def test_rows_that_do_not_fit(make_engine):
+    engine = make_engine(Tally())
+    for row, message in (
+        (RowRequest(token_ids=[], max_new_tokens=1), "at least one token"),
+        (RowRequest(token_ids=[1] * 30, max_new_tokens=21), "maximum context length is 50 tokens"),
+        (RowRequest(token_ids=[60], max_new_tokens=1), "from 0 to 59"),
+        (RowRequest(token_ids=[1], max_new_tokens=1, logit_bias={60: 1.0}), "from 0 to 59"),
+    ):
+        with pytest.raises(ServingError, match=message) as error:
+            Collected(engine, row)
+        assert error.value.code == grpc.StatusCode.INVALID_ARGUMENT
