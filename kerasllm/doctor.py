@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 # Extra -> modules that must import for it to work.
 EXTRAS = {
-    "serving": ("grpc", "tensorflow_serving.apis.predict_pb2", "starlette", "uvicorn", "kerasllm_serving"),
+    "serving": ("grpc", "tensorflow_serving.apis.predict_pb2", "uvicorn", "kerasllm_serving"),
     "litert": (
         "ai_edge_litert.interpreter",
         "litert_lm",

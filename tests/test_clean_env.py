@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ["Once upon a time", "The"]
 # The newest TensorFlow Serving is built on 2.20.
 TENSORFLOW = ["tensorflow==2.20.*", "tensorflow-text==2.20.*"]
-SERVER = ["grpcio", "tensorflow-serving-api==2.20.*", "starlette", "uvicorn"]
+SERVER = ["grpcio", "tensorflow-serving-api==2.20.*", "uvicorn", "jinja2", "tokenizers"]
 
 
 def install(python, packages):

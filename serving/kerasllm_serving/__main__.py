@@ -31,8 +31,15 @@ When it is ready it prints one line on stdout:
   kerasllm_serving: gRPC on 0.0.0.0:8500, REST on 0.0.0.0:8501, model my_model version 2 ready
 
 SIGTERM or Ctrl-C lets the running requests finish and ends with exit code 0; a second one ends at
-once. It reads the folder once: restart it to serve a newer version. There is no TLS and no
-authentication, as in tensorflow_model_server: in an open network use --host=127.0.0.1 and a proxy.
+once. It reads the folder once: restart it to serve a newer version. There is no TLS: in an open network
+use --host=127.0.0.1 and a proxy.
+
+A folder exported with slots (`kerasllm export MODEL PATH --slots 8`) is served on the REST port over
+OpenAI's API as well, with continuous batching: /v1/models, /v1/completions, /v1/chat/completions,
+/v1/embeddings, /tokenize, /detokenize. A page to chat with is at /, numbers for Prometheus are at /metrics.
+
+  curl localhost:8501/v1/chat/completions \\
+      -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
 """
 
 
@@ -56,11 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # TensorFlow's start-up chatter would bury the one message that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Imported here, so that --help and a wrong flag answer at once.
+    from kerasllm_serving.api_keys import read_api_keys
     from kerasllm_serving.errors import StartupError
     from kerasllm_serving.server import ServerOptions, serve
 
     try:
-        serve(ServerOptions(**vars(flags)))
+        values = vars(flags)
+        file = values.pop("api_keys_file")
+        serve(ServerOptions(**values, api_keys=read_api_keys(file) if file else ()))
     except StartupError as error:
         print(f"kerasllm_serving: error: {error}", file=sys.stderr)
         return 1
@@ -135,7 +145,75 @@ def _make_parser() -> argparse.ArgumentParser:
         help="milliseconds after which a REST request is cancelled with 504 (default 30000); a "
         "gRPC request brings its own deadline",
     )
+    parser.add_argument(
+        "--rest_api_enable_cors_support",
+        type=_boolean,
+        default=False,
+        metavar="BOOLEAN",
+        help="whether pages of other servers may ask (default false)",
+    )
+    parser.add_argument(
+        "--api_keys_file",
+        type=Path,
+        metavar="FILE",
+        help="file with an API key per line, one of which has to come with each request as "
+        "`Authorization: Bearer KEY`, over gRPC as metadata (default: anybody may ask)",
+    )
+    parser.add_argument(
+        "--max_body_bytes",
+        type=_positive,
+        default=64 * 2**20,
+        metavar="N",
+        help="most bytes of the body of a REST request (default 64 MiB)",
+    )
+    parser.add_argument(
+        "--access_log",
+        type=_boolean,
+        default=False,
+        metavar="BOOLEAN",
+        help="whether each REST request is logged to stderr as a line of JSON, without its text "
+        "(default false)",
+    )
+    parser.add_argument(
+        "--max_queue",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="most rows that wait for a slot of a language model; more are refused (default 256)",
+    )
+    parser.add_argument(
+        "--steps_per_turn",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="most tokens that a row makes before others may join or leave; more tokens a second, and "
+        "larger pieces in a stream (default 1)",
+    )
+    parser.add_argument(
+        "--generation_timeout_in_ms",
+        type=_not_negative,
+        default=600_000,
+        metavar="MS",
+        help="milliseconds after which a generation over OpenAI's API is ended (default 600000); 0: never",
+    )
+    parser.add_argument(
+        "--drain_seconds",
+        type=_positive,
+        default=30,
+        metavar="N",
+        help="how long running requests may take to finish after SIGTERM (default 30)",
+    )
     return parser
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"must be true or false. Received: {text}")
+    return text.lower() in ("true", "1")
+
+
+def _not_negative(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _non_empty(text: str) -> str:

@@ -59,14 +59,17 @@ class ChatTemplate:
         self._begins_token = re.compile(f"(?=(?:{spellings}))(.)", re.DOTALL | re.IGNORECASE)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
     ) -> bytes:
         """Renders a chat.
 
         Args:
             messages: The messages, of JSON types.
             add_generation_prompt: Whether the prompt ends with the beginning of an answer.
-            **variables: What else the client tells the template, of JSON types.
+            variables: What else the client tells the template, of JSON types.
 
         Returns:
             The prompt, UTF-8 with marks in it.
@@ -84,11 +87,14 @@ class ChatTemplate:
         try:
             parts, length = [], 0
             for part in self._template.generate(
-                messages=protected,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **{key: self._protect(value) for key, value in variables.items()} | self._variables,
+                {
+                    "tools": None,
+                    "documents": None,
+                    **{key: self._protect(value) for key, value in variables.items()},
+                    **self._variables,
+                    "messages": protected,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             ):
                 length += len(part)
                 if length > _LONGEST_PROMPT:

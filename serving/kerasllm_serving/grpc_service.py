@@ -1,6 +1,6 @@
 """The gRPC services PredictionService and ModelService, as tensorflow_serving.apis defines them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent import futures
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
+from kerasllm_serving.api_keys import KeyCheck
 from kerasllm_serving.core import ServerCore
 from kerasllm_serving.errors import ServingError, StartupError, unimplemented
 
@@ -27,13 +28,17 @@ _UNLIMITED = -1
 _Response = TypeVar("_Response", bound=Message)
 
 
-def create_grpc_server(core: ServerCore, address: str, max_threads: int) -> tuple[grpc.Server, int]:
+def create_grpc_server(
+    core: ServerCore, address: str, max_threads: int, api_keys: Collection[str] = ()
+) -> tuple[grpc.Server, int]:
     """Makes a gRPC server that listens at an address; `start` makes it answer.
 
     Args:
         core: What answers the requests.
         address: `host:port`; port 0 takes a free one.
         max_threads: How many requests are worked on at once; the others wait.
+        api_keys: One of them has to come with each request, as the metadata `authorization: Bearer KEY`;
+            none: anybody may ask.
 
     Returns:
         The server and its port.
@@ -43,6 +48,7 @@ def create_grpc_server(core: ServerCore, address: str, max_threads: int) -> tupl
     """
     server = grpc.server(
         futures.ThreadPoolExecutor(max_threads, thread_name_prefix="grpc"),
+        interceptors=[_KeyCheck(api_keys)] if api_keys else [],
         options=[
             # Without this, two servers on one port would share its requests between them.
             ("grpc.so_reuseport", 0),
@@ -57,6 +63,25 @@ def create_grpc_server(core: ServerCore, address: str, max_threads: int) -> tupl
     except RuntimeError as error:
         raise StartupError(f"`--port` must be free. Received: {address}: {error}") from error
     return server, port
+
+
+class _KeyCheck(grpc.ServerInterceptor):
+    """Answers UNAUTHENTICATED where no API key comes."""
+
+    def __init__(self, api_keys: Collection[str]) -> None:
+        self._check = KeyCheck(api_keys)
+
+        def refuse(request: bytes, context: grpc.ServicerContext) -> None:
+            context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "A valid API key must come as metadata `authorization: Bearer KEY`.",
+            )
+
+        self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
+
+    def intercept_service(self, continuation, details):
+        sent = dict(details.invocation_metadata).get("authorization", "")
+        return continuation(details) if self._check(sent.encode()) else self._refusal
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):

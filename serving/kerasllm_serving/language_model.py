@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+import tokenizers
 
 from kerasllm_serving.chat import ChatTemplate
 from kerasllm_serving.engine import Report, RowRequest
@@ -35,11 +36,16 @@ class LanguageModel:
         self.name = name
         self.servable = servable
         self.created = int((path / "saved_model.pb").stat().st_mtime)
-        self.can_embed = "embed" in servable.signatures
-        self.can_generate = "generate" in servable.signatures
         self.manifest = _read_json(path / _EXTRA / "kerasllm_manifest.json")
+        # Signatures of these names in folders of others are something else.
+        is_ours = bool(self.manifest)
+        self.can_embed = is_ours and "embed" in servable.signatures
+        self.can_generate = is_ours and "generate" in servable.signatures
         self.generation_config = _read_json(path / _EXTRA / "generation_config.json")
         self.slots = LoadedSlots(path) if self.manifest.get("slots") else None
+        self._tokenizer = None
+        if self.can_embed and (path / _EXTRA / "tokenizer.json").is_file():
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path / _EXTRA / "tokenizer.json"))
         self.chat_template = None
         if self.slots is not None and self.slots.can_chat:
             self.chat_template = _read_chat_template(path / _EXTRA)
@@ -73,14 +79,20 @@ class LanguageModel:
         """Turns texts into vectors of length 1, `[texts, dim]`."""
         return self.servable.call("embed", {"text": _strings(texts)})["normalized_embedding"]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Turns a chat into the ids of its prompt.
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """Counts the tokens of texts that are embedded, whose signature does not tell."""
+        if self._tokenizer is None:
+            return 0
+        return sum(len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts)))
 
-        Args:
-            messages: As in `ChatTemplate.render`.
-            **options: As there.
-        """
-        return self.slots.encode_chat(self.chat_template.render(messages, **options))
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> list[int]:
+        """Turns a chat into the ids of its prompt; arguments as in `ChatTemplate.render`."""
+        return self.slots.encode_chat(self.chat_template.render(messages, add_generation_prompt, variables))
 
 
 class LoadedSlots:

@@ -1,17 +1,12 @@
 """TensorFlow Serving's REST API: predict, model status and model metadata."""
 
-import asyncio
 import json
 import logging
 import re
-from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
@@ -24,7 +19,6 @@ from kerasllm_serving.core import SIGNATURE_DEF_FIELD, ServerCore
 from kerasllm_serving.errors import ServingError, invalid_argument, unimplemented
 
 _VERSION_CHOICE = r"(?:/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
-_API_PATH = re.compile(r"/v1/.*", re.IGNORECASE | re.DOTALL)
 _VERB_PATH = re.compile(
     rf"/v1/models/(?P<name>[^/:]+){_VERSION_CHOICE}:(?P<verb>classify|regress|predict)",
     re.IGNORECASE,
@@ -108,37 +102,6 @@ class RestHandler:
                 "metadata": {SIGNATURE_DEF_FIELD: _to_dict(signature_defs)},
             }
         )
-
-
-def create_rest_app(handler: RestHandler, executor: ThreadPoolExecutor) -> ASGIApp:
-    """Makes the ASGI application.
-
-    Args:
-        handler: What answers the requests.
-        executor: Threads that the handler runs in, so that a model run does not hold up the event
-            loop.
-
-    Returns:
-        The application.
-    """
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        path = scope["raw_path"].decode("latin-1")
-        if not _API_PATH.fullmatch(path):
-            await Response(status_code=404)(scope, receive, send)
-            return
-        try:
-            body = await request.body()
-        except ClientDisconnect:
-            return
-        status, text = await asyncio.get_running_loop().run_in_executor(
-            executor, handler.handle, request.method, path, body
-        )
-        response = Response(text.encode(), status, media_type="application/json")
-        await response(scope, receive, send)
-
-    return app
 
 
 def _model_spec(match: re.Match[str]) -> model_pb2.ModelSpec:

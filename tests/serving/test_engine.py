@@ -98,7 +98,10 @@ class Tally:
         self.rows[slot], self.counts[slot] = None, 0
 
     def report(self):
-        ends = [row is not None and n >= row.max_new_tokens for row, n in zip(self.rows, self.counts, strict=True)]
+        ends = [
+            row is not None and n >= row.max_new_tokens
+            for row, n in zip(self.rows, self.counts, strict=True)
+        ]
         ids = np.tile(np.arange(1, 51, dtype=np.int32), (self.slots, 1))
         return {
             "num_tokens": np.array(self.counts),

@@ -1,0 +1,743 @@
+"""OpenAI's API: completions, chats, embeddings and models, with vLLM's additions to it."""
+
+import asyncio
+import base64
+import dataclasses
+import functools
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from typing import Any, NoReturn
+
+import grpc
+import numpy as np
+
+from kerasllm_serving.engine import Engine, Job, Piece, RowRequest
+from kerasllm_serving.errors import ServingError
+from kerasllm_serving.language_model import LanguageModel
+
+_MOST_CHOICES = 128
+_MOST_PROMPTS = 128
+_MOST_STOP_STRINGS, _LONGEST_STOP_STRING = 16, 256  # of the exported graph
+_MOST_ALTERNATIVES = 20
+_DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+# Fields that ask for something this server does not do, and the values that ask for nothing.
+_UNSUPPORTED: Mapping[str, tuple] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "suffix": (None, ""),
+    "structured_outputs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "use_beam_search": (None, False),
+    "prompt_logprobs": (None,),
+    "chat_template": (None,),
+}
+
+
+class ApiError(Exception):
+    """A request that failed, as OpenAI's clients read it.
+
+    Args:
+        status: HTTP status.
+        message: What went wrong.
+        param: The field that is wrong.
+        code: A word for programs.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
+        kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
+        content = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": content}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes with it: when to ask again."""
+        return {"retry-after": "1"} if self.status in (429, 503) else {}
+
+
+def from_serving_error(error: ServingError) -> ApiError:
+    """Returns the same error as OpenAI's clients read it."""
+    code = {
+        grpc.StatusCode.RESOURCE_EXHAUSTED: "queue_full",
+        grpc.StatusCode.DEADLINE_EXCEEDED: "timeout",
+    }.get(error.code)
+    if "maximum context length" in error.message:
+        code = "context_length_exceeded"
+    return ApiError(error.http_status, error.message, code=code)
+
+
+class Fields:
+    """The fields of a request's body, checked when they are taken.
+
+    Args:
+        body: JSON.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        try:
+            values = json.loads(body, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"The body must be JSON. Received: {error}") from error
+        if not isinstance(values, dict):
+            raise ApiError(400, f"The body must be a JSON object. Received: {type(values).__name__}")
+        self._values = values
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Returns a field as it is; the default where it is missing or null."""
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
+        """Returns a whole number in a range."""
+        value = self.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.refuse(name, f"a whole number from {low} to {high}")
+        return value
+
+    def number(self, name: str, default: float, holds: Callable[[float], bool], rule: str) -> float:
+        """Returns a number for which something holds."""
+        value = self.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.refuse(name, rule)
+        try:
+            value = float(value)
+        except OverflowError:
+            self.refuse(name, rule)
+        # The graph works in float32.
+        if not (math.isfinite(value) and abs(value) < 1e38 and holds(value)):
+            self.refuse(name, rule)
+        return value
+
+    def boolean(self, name: str, default: bool = False) -> bool:
+        """Returns True or False."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, "true or false")
+        return value
+
+    def string(self, name: str, default: str | None = None) -> str | None:
+        """Returns a string."""
+        value = self.get(name, default)
+        if value is not None and not isinstance(value, str):
+            self.refuse(name, "a string")
+        return value
+
+    def refuse(self, name: str, rule: str) -> NoReturn:
+        """Raises the error that a field breaks a rule."""
+        received = repr(self._values.get(name))
+        if len(received) > 80:
+            received = received[:80] + "…"
+        raise ApiError(400, f"`{name}` must be {rule}. Received: {received}", param=name)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+@dataclasses.dataclass
+class Served:
+    """A language model that is served.
+
+    Args:
+        model: The model.
+        engine: What generates with it; None: it cannot.
+    """
+
+    model: LanguageModel
+    engine: Engine | None
+
+
+class OpenAiApi:
+    """Answers requests; knows nothing of sockets.
+
+    Args:
+        find: Returns the model of a name, of None the only one; raises a KeyError if there is none.
+        executor: Threads for what takes the processor: templates and tokenizers.
+        timeout: Seconds after which a generation is ended.
+    """
+
+    def __init__(
+        self, find: Callable[[str | None], Served], executor: Executor, timeout: float | None
+    ) -> None:
+        self._find = find
+        self._executor = executor
+        self._timeout = timeout
+
+    async def _run(self, function: Callable, *arguments: Any, **options: Any) -> Any:
+        call = functools.partial(function, *arguments, **options)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        except ServingError as error:
+            raise from_serving_error(error) from error
+
+    def _served(self, fields: Fields) -> Served:
+        name = fields.string("model")
+        try:
+            return self._find(name)
+        except KeyError:
+            raise ApiError(404, f"The model `{name}` does not exist.", "model", "model_not_found") from None
+
+    def _generating(self, fields: Fields) -> tuple[LanguageModel, Engine]:
+        served = self._served(fields)
+        if served.engine is None:
+            what = "does not write text" if not served.model.can_generate else "was exported without slots"
+            raise ApiError(
+                400,
+                f"The model `{served.model.name}` {what}, so this endpoint cannot answer. "
+                "Export it with `kerasllm export MODEL PATH --slots 8`.",
+                "model",
+                "unsupported_model",
+            )
+        for name, neutral in _UNSUPPORTED.items():
+            if fields.get(name) not in neutral:
+                raise ApiError(400, f"`{name}` is not supported by this server.", name, "unsupported_value")
+        return served.model, served.engine
+
+    # Endpoints. Each returns a JSON object, or an iterator of the objects of a stream.
+
+    async def completions(self, body: bytes) -> "dict[str, Any] | Stream":
+        """POST /v1/completions."""
+        fields = Fields(body)
+        model, engine = self._generating(fields)
+        prompts = await self._read_prompts(fields, model)
+        echo = fields.boolean("echo")
+        wanted = fields.integer("logprobs", None, 0, _MOST_ALTERNATIVES)
+        if echo and wanted is not None:
+            raise ApiError(400, "`echo` with `logprobs` is not supported by this server.", "logprobs")
+        n = fields.integer("n", 1, 1, _MOST_CHOICES)
+        if fields.integer("best_of", n, 1, _MOST_CHOICES) != n:
+            fields.refuse("best_of", f"as large as `n`, {n}")
+        most = fields.integer("max_tokens", _DEFAULT_COMPLETION_TOKENS, 1, engine.model.length)
+        rows = [row for _, ids in prompts for row in _read_rows(fields, model, ids, most, n, wanted or 0)]
+        form = _CompletionForm(model, [prompt if echo else "" for prompt, _ in prompts], n, wanted)
+        return await self._generate(fields, engine, rows, form, sum(len(ids) for _, ids in prompts))
+
+    async def chat_completions(self, body: bytes) -> "dict[str, Any] | Stream":
+        """POST /v1/chat/completions."""
+        fields = Fields(body)
+        model, engine = self._generating(fields)
+        ids = await self._encode_chat(fields, model)
+        room = engine.model.length - len(ids)
+        if room < 1:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {engine.model.length} tokens. Received: messages "
+                f"of {len(ids)} tokens.",
+                "messages",
+                "context_length_exceeded",
+            )
+        most = fields.integer("max_tokens", None, 1, engine.model.length)
+        most = fields.integer("max_completion_tokens", most, 1, engine.model.length)
+        if most is None:
+            most = min(room, int(model.generation_config.get("max_new_tokens") or room))
+        has_logprobs = fields.boolean("logprobs")
+        wanted = fields.integer("top_logprobs", 0, 0, _MOST_ALTERNATIVES)
+        if wanted and not has_logprobs:
+            fields.refuse("top_logprobs", "left out where `logprobs` is not true")
+        n = fields.integer("n", 1, 1, _MOST_CHOICES)
+        rows = _read_rows(fields, model, ids, most, n, wanted)
+        form = _ChatForm(model, wanted if has_logprobs else None)
+        return await self._generate(fields, engine, rows, form, len(ids))
+
+    async def embeddings(self, body: bytes) -> dict[str, Any]:
+        """POST /v1/embeddings."""
+        fields = Fields(body)
+        model = self._served(fields).model
+        if not model.can_embed:
+            raise ApiError(400, f"The model `{model.name}` does not embed texts.", "model")
+        texts = fields.get("input")
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t for t in texts):
+            fields.refuse("input", "a string or a list of strings, none of them empty")
+        form = fields.string("encoding_format", "float")
+        if form not in ("float", "base64"):
+            fields.refuse("encoding_format", '"float" or "base64"')
+        vectors = (await self._run(model.embed, texts)).astype("<f4")
+        if fields.integer("dimensions", vectors.shape[1], 1, 2**31) != vectors.shape[1]:
+            fields.refuse("dimensions", f"left out, or {vectors.shape[1]}")
+        count = await self._run(model.count_tokens, texts)
+        data = []
+        for index, vector in enumerate(vectors):
+            value = base64.b64encode(vector.tobytes()).decode() if form == "base64" else vector.tolist()
+            data.append({"object": "embedding", "index": index, "embedding": value})
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return {"object": "list", "data": data, "model": model.name, "usage": usage}
+
+    async def tokenize(self, body: bytes) -> dict[str, Any]:
+        """POST /tokenize: `prompt`, or `messages`, to ids."""
+        fields = Fields(body)
+        served = self._served(fields)
+        if fields.get("messages") is not None:
+            model, _ = self._generating(fields)
+            ids = await self._encode_chat(fields, model)
+        else:
+            if "tokenize" not in served.model.servable.signatures:
+                raise ApiError(
+                    400, f"The model `{served.model.name}` has no signature `tokenize`.", "model"
+                )
+            prompt = fields.string("prompt")
+            if prompt is None:
+                fields.refuse("prompt", "a string")
+            ids = await self._run(served.model.tokenize, prompt)
+        longest = served.engine.model.length if served.engine else None
+        return {"count": len(ids), "max_model_len": longest, "tokens": ids}
+
+    async def detokenize(self, body: bytes) -> dict[str, Any]:
+        """POST /detokenize: `tokens` to text."""
+        fields = Fields(body)
+        model = self._served(fields).model
+        if "detokenize" not in model.servable.signatures:
+            raise ApiError(400, f"The model `{model.name}` has no signature `detokenize`.", "model")
+        ids = fields.get("tokens")
+        if not _are_token_ids(ids):
+            fields.refuse("tokens", "a list of token ids")
+        return {"prompt": await self._run(model.detokenize, ids)}
+
+    async def generate(self, body: bytes) -> dict[str, Any]:
+        """POST /generate: `text` to `generated_text`, as the model's own configuration says."""
+        fields = Fields(body)
+        served = self._served(fields)
+        model, engine = served.model, served.engine
+        text = fields.string("text")
+        if text is None:
+            fields.refuse("text", "a string")
+        if not model.can_generate:
+            raise ApiError(400, f"The model `{model.name}` does not write text.", "model")
+        if engine is None:
+            outputs = await self._run(
+                model.servable.call, "serving_default", {"prompt": np.array([text.encode()], object)}
+            )
+            return {"generated_text": outputs["text"][0].decode()}
+        ids = await self._run(model.tokenize, text)
+        room = max(engine.model.length - len(ids), 1)
+        default = min(room, int(model.generation_config.get("max_new_tokens") or room))
+        most = fields.integer("max_new_tokens", default, 1, engine.model.length)
+        rows = _read_rows(fields, model, ids, most, 1, 0)
+        result = await self._generate(fields, engine, rows, _CompletionForm(model, [""], 1, None), len(ids))
+        if isinstance(result, Stream):
+            result.close()
+            fields.refuse("stream", "left out here; /v1/completions streams")
+        return {"generated_text": result["choices"][0]["text"]}
+
+    # Reading
+
+    async def _read_prompts(self, fields: Fields, model: LanguageModel) -> list[tuple[str, list[int]]]:
+        """The prompts, as texts for `echo`, and their ids."""
+        prompt = fields.get("prompt")
+        if isinstance(prompt, str) or _are_token_ids(prompt):
+            prompt = [prompt]
+        if not isinstance(prompt, list) or not 1 <= len(prompt) <= _MOST_PROMPTS:
+            fields.refuse(
+                "prompt", f"a string, a list of token ids, or a list of up to {_MOST_PROMPTS} such"
+            )
+        found = []
+        for each in prompt:
+            if isinstance(each, str):
+                found.append((each, await self._run(model.tokenize, each)))
+            elif _are_token_ids(each):
+                text = await self._run(model.detokenize, each) if fields.boolean("echo") else ""
+                found.append((text, each))
+            else:
+                fields.refuse("prompt", "made of strings, or of lists of token ids")
+            if not found[-1][1]:
+                raise ApiError(400, "A prompt must hold at least one token.", "prompt")
+        return found
+
+    async def _encode_chat(self, fields: Fields, model: LanguageModel) -> list[int]:
+        messages = fields.get("messages")
+        if not isinstance(messages, list) or not messages:
+            fields.refuse("messages", "a list with at least one message")
+        messages = [_read_message(fields, message) for message in messages]
+        if model.chat_template is None:
+            raise ApiError(
+                400, f"The model `{model.name}` has no chat template; use /v1/completions.", "model"
+            )
+        options = fields.get("chat_template_kwargs", {})
+        if not isinstance(options, dict) or {"messages", "add_generation_prompt"} & options.keys():
+            fields.refuse("chat_template_kwargs", "an object of what the chat template knows")
+        return await self._run(
+            model.encode_chat,
+            messages,
+            add_generation_prompt=fields.boolean("add_generation_prompt", True),
+            variables=options,
+        )
+
+    # Generating
+
+    async def _generate(
+        self, fields: Fields, engine: Engine, rows: list[RowRequest], form: "_Form", prompt_tokens: int
+    ) -> "dict[str, Any] | Stream":
+        options = fields.get("stream_options", {})
+        if not isinstance(options, dict):
+            fields.refuse("stream_options", "an object")
+        is_stream = fields.boolean("stream")
+        if options and not is_stream:
+            fields.refuse("stream_options", "left out where `stream` is not true")
+        has_usage = options.get("include_usage") is True
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        stream = Stream(engine, rows, form, prompt_tokens, has_usage, deadline)
+        if is_stream:
+            return stream
+        return await stream.collect()
+
+
+class Stream:
+    """A generation on its way.
+
+    Args:
+        engine: The engine, which gets the rows at once.
+        rows: The rows.
+        form: What the objects look like.
+        prompt_tokens: For the usage.
+        has_usage: Whether the last object tells the usage.
+        deadline: When the generation is ended, on `time.monotonic`'s clock.
+
+    Raises:
+        ApiError: If the engine refuses the rows.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        rows: Sequence[RowRequest],
+        form: "_Form",
+        prompt_tokens: int,
+        has_usage: bool,
+        deadline: float | None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[Piece | ServingError] = asyncio.Queue()
+        self._form = form
+        self._has_usage = has_usage
+        self._prompt_tokens = prompt_tokens
+        self._tokens = 0
+        self._rows_left = len(rows)
+
+        def deliver(piece: Piece | ServingError) -> None:
+            try:
+                loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+            except RuntimeError:  # The loop has ended, and with it whoever waited.
+                pass
+
+        try:
+            self._job: Job = engine.submit(rows, deliver, deadline)
+        except ServingError as error:
+            raise from_serving_error(error) from error
+
+    def close(self) -> None:
+        """Ends the generation."""
+        self._job.cancel()
+
+    async def _next(self) -> AsyncIterator[Piece]:
+        while self._rows_left:
+            piece = await self._pieces.get()
+            if isinstance(piece, ServingError):
+                raise from_serving_error(piece)
+            self._tokens += len(piece.token_ids)
+            self._rows_left -= piece.finish_reason is not None
+            yield piece
+
+    async def collect(self) -> dict[str, Any]:
+        """Waits for the end and returns the whole answer."""
+        try:
+            pieces: dict[int, list[Piece]] = {number: [] for number in range(self._rows_left)}
+            async for piece in self._next():
+                pieces[piece.row].append(piece)
+        finally:
+            self.close()
+        choices = [self._form.choice(_join(parts)) for parts in pieces.values()]
+        return self._form.envelope(choices) | {"usage": self._usage()}
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """Yields the objects of the stream."""
+        more = {"usage": None} if self._has_usage else {}
+        try:
+            begun: set[int] = set()
+            async for piece in self._next():
+                if piece.row not in begun:
+                    begun.add(piece.row)
+                    for choice in self._form.begin(piece.row):
+                        yield self._form.chunk(choice) | more
+                for choice in self._form.delta(piece):
+                    yield self._form.chunk(choice) | more
+            if self._has_usage:
+                yield self._form.chunk(None) | {"usage": self._usage()}
+        finally:
+            self.close()
+
+    def _usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._tokens,
+            "total_tokens": self._prompt_tokens + self._tokens,
+        }
+
+
+def _join(pieces: Sequence[Piece]) -> Piece:
+    return Piece(
+        pieces[0].row,
+        "".join(piece.text for piece in pieces),
+        [number for piece in pieces for number in piece.token_ids],
+        [number for piece in pieces for number in piece.logprobs],
+        [pairs for piece in pieces for pairs in piece.alternatives],
+        pieces[-1].finish_reason,
+    )
+
+
+class _Form:
+    """What answers look like, but for what completions and chats have each of their own."""
+
+    prefix = object = chunk_object = ""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "object": self.object,
+            "created": int(time.time()),
+            "model": model.name,
+            "system_fingerprint": f"{model.name}-{model.servable.version}",
+        }
+
+    def envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._head | {"choices": choices}
+
+    def chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
+        return self._head | {"object": self.chunk_object, "choices": [] if choice is None else [choice]}
+
+    def _tokens(self, piece: Piece) -> dict[int, bytes]:
+        """The bytes of all tokens that a piece names."""
+        ids = {*piece.token_ids, *(number for pairs in piece.alternatives for number, _ in pairs)}
+        return dict(zip(ids, self._model.slots.token_texts(list(ids)), strict=True))
+
+
+class _CompletionForm(_Form):
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, model: LanguageModel, echoes: Sequence[str], n: int, wanted: int | None) -> None:
+        super().__init__(model)
+        self._echoes = echoes
+        self._n = n
+        self._wanted = wanted
+        self._offsets: dict[int, int] = {}
+
+    def begin(self, row: int) -> list[dict[str, Any]]:
+        echo = self._echoes[row // self._n]
+        return [self._choice(row, echo, None, None)] if echo else []
+
+    def delta(self, piece: Piece) -> list[dict[str, Any]]:
+        if not (piece.text or piece.finish_reason or self._wanted is not None):
+            return []
+        return [self._choice(piece.row, piece.text, self._logprobs(piece), piece.finish_reason)]
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        text = self._echoes[piece.row // self._n] + piece.text
+        return self._choice(piece.row, text, self._logprobs(piece), piece.finish_reason)
+
+    def _choice(self, row: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        return {"index": row, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if self._wanted is None:
+            return None
+        names = {number: text.decode(errors="replace") for number, text in self._tokens(piece).items()}
+        tokens = [names[number] for number in piece.token_ids]
+        offsets, offset = [], self._offsets.get(piece.row, 0)
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        self._offsets[piece.row] = offset
+        top = []
+        for number, logprob, pairs in zip(piece.token_ids, piece.logprobs, piece.alternatives, strict=True):
+            top.append({names[other]: value for other, value in pairs} | {names[number]: logprob})
+        return {
+            "tokens": tokens,
+            "token_logprobs": piece.logprobs,
+            "top_logprobs": top if self._wanted else None,
+            "text_offset": offsets,
+        }
+
+
+class _ChatForm(_Form):
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: LanguageModel, wanted: int | None) -> None:
+        super().__init__(model)
+        self._wanted = wanted
+
+    def begin(self, row: int) -> list[dict[str, Any]]:
+        return [self._delta(row, {"role": "assistant", "content": ""}, None, None)]
+
+    def delta(self, piece: Piece) -> list[dict[str, Any]]:
+        deltas, logprobs = [], self._logprobs(piece)
+        if piece.text or (logprobs and logprobs["content"]):
+            deltas.append(self._delta(piece.row, {"content": piece.text}, logprobs, None))
+        if piece.finish_reason:
+            deltas.append(self._delta(piece.row, {}, None, piece.finish_reason))
+        return deltas
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        return {
+            "index": piece.row,
+            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "logprobs": self._logprobs(piece),
+            "finish_reason": piece.finish_reason,
+        }
+
+    def _delta(self, row: int, delta: dict, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        return {"index": row, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if self._wanted is None:
+            return None
+        names = self._tokens(piece)
+
+        def entry(number, logprob):
+            text = names[number]
+            return {"token": text.decode(errors="replace"), "logprob": logprob, "bytes": list(text)}
+
+        content = [
+            entry(number, logprob) | {"top_logprobs": [entry(*pair) for pair in pairs]}
+            for number, logprob, pairs in zip(
+                piece.token_ids, piece.logprobs, piece.alternatives, strict=True
+            )
+        ]
+        return {"content": content, "refusal": None}
+
+
+def _read_rows(
+    fields: Fields, model: LanguageModel, ids: list[int], most: int, n: int, alternatives: int
+) -> list[RowRequest]:
+    """The rows of one prompt, which differ in their seeds."""
+    default = model.generation_config
+    is_drawn = default.get("do_sample", True)
+    stop = fields.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > _MOST_STOP_STRINGS or not all(map(_is_stop, stop)):
+        fields.refuse(
+            "stop",
+            f"a string, or a list of up to {_MOST_STOP_STRINGS}, of 1 to {_LONGEST_STOP_STRING} bytes each",
+        )
+    not_negative, penalty = "a number that is not negative", "a number from -2 to 2"
+    least = fields.integer("min_tokens", 0, 0, most)
+    if fields.boolean("ignore_eos"):
+        least = most
+    seed = fields.integer("seed", None, -(2**63), 2**64 - 1)
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4)) if is_drawn or fields.get("temperature") else 0
+    row = RowRequest(
+        token_ids=ids,
+        max_new_tokens=most,
+        min_new_tokens=least,
+        temperature=fields.number(
+            "temperature",
+            float(default.get("temperature") or 1.0) if is_drawn else 0.0,
+            lambda v: v >= 0,
+            not_negative,
+        ),
+        top_k=max(0, fields.integer("top_k", int(default.get("top_k") or 0), -1, 2**31 - 1)),
+        top_p=fields.number(
+            "top_p", float(default.get("top_p") or 1.0), lambda v: 0 < v <= 1, "above 0 and at most 1"
+        ),
+        min_p=fields.number(
+            "min_p", float(default.get("min_p") or 0.0), lambda v: 0 <= v <= 1, "a number from 0 to 1"
+        ),
+        repetition_penalty=fields.number(
+            "repetition_penalty",
+            float(default.get("repetition_penalty") or 1.0),
+            lambda v: v > 0,
+            "a number above 0",
+        ),
+        presence_penalty=fields.number("presence_penalty", 0.0, lambda v: -2 <= v <= 2, penalty),
+        frequency_penalty=fields.number("frequency_penalty", 0.0, lambda v: -2 <= v <= 2, penalty),
+        stop=stop,
+        logit_bias=_read_logit_bias(fields),
+        alternatives=alternatives,
+    )
+    return [dataclasses.replace(row, seed=_as_int32(seed + number)) for number in range(n)]
+
+
+def _as_int32(number: int) -> int:
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def _is_stop(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        return 1 <= len(value.encode()) <= _LONGEST_STOP_STRING
+    except UnicodeEncodeError:
+        return False
+
+
+def _read_logit_bias(fields: Fields) -> dict[int, float]:
+    rule = "an object of token ids and numbers from -100 to 100"
+    bias = fields.get("logit_bias", {})
+    if not isinstance(bias, dict):
+        fields.refuse("logit_bias", rule)
+    found = {}
+    for key, value in bias.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and is_number and abs(value) <= 100):
+            fields.refuse("logit_bias", rule)
+        # OpenAI: -100 and 100 ban a token and choose it.
+        found[int(key)] = float(value) * (1e4 if abs(value) == 100 else 1)
+    return found
+
+
+def _are_token_ids(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(
+        isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31 for number in value
+    )
+
+
+def _read_message(fields: Fields, message: Any) -> dict[str, Any]:
+    """A message with its text as one string."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        fields.refuse("messages", "a list of objects with `role` and `content`")
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            is_text = isinstance(part, dict) and part.get("type") == "text"
+            if not (is_text and isinstance(part.get("text"), str)):
+                raise ApiError(400, "Only parts of type `text` are supported in a message.", "messages")
+        content = "".join(part["text"] for part in content)
+    if content is None and message["role"] == "assistant":
+        content = ""
+    if not isinstance(content, str):
+        raise ApiError(400, "A message's `content` must be a string or a list of parts.", "messages")
+    if message.get("tool_calls"):
+        raise ApiError(400, "`tool_calls` is not supported by this server.", "messages")
+    return {key: value for key, value in message.items() if value is not None} | {"content": content}
