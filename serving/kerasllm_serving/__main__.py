@@ -10,7 +10,8 @@ _DESCRIPTION = """\
 Serves an exported model with TensorFlow Serving's gRPC and REST API.
 
 The flags, the messages and the error codes are those of tensorflow_model_server, so clients work
-with either. It serves the version folder with the highest number below --model_base_path:
+with either. It serves the version folder with the highest number below --model_base_path, and a newer one
+when it comes:
 
   served/my_model/1/saved_model.pb
   served/my_model/2/saved_model.pb      <- this one
@@ -31,7 +32,7 @@ When it is ready it prints one line on stdout:
   kerasllm_serving: gRPC on 0.0.0.0:8500, REST on 0.0.0.0:8501, model my_model version 2 ready
 
 SIGTERM or Ctrl-C lets the running requests finish and ends with exit code 0; a second one ends at
-once. It reads the folder once: restart it to serve a newer version. There is no TLS: in an open network
+once. There is no TLS: in an open network
 use --host=127.0.0.1 and a proxy.
 
 A folder exported with slots (`kerasllm export MODEL PATH --slots 8`) is served on the REST port over
@@ -89,12 +90,54 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     # As in tensorflow_model_server: threads mostly wait for the model.
     threads = 4 * len(os.sched_getaffinity(0))
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--model_base_path",
         type=Path,
-        required=True,
         metavar="FOLDER",
-        help="folder that holds the numeric version folders (required)",
+        help="folder that holds the numeric version folders",
+    )
+    source.add_argument(
+        "--model_config_file",
+        type=Path,
+        metavar="FILE",
+        help="text file with a ModelServerConfig: several models, versions, labels",
+    )
+    parser.add_argument(
+        "--model_config_file_poll_wait_seconds",
+        type=_not_negative,
+        default=0,
+        metavar="N",
+        help="how often that file is read again (default 0: never)",
+    )
+    parser.add_argument(
+        "--file_system_poll_wait_seconds",
+        type=_not_negative,
+        default=1,
+        metavar="N",
+        help="how often is looked for new versions, which are loaded before old ones go (default 1); "
+        "0: never",
+    )
+    parser.add_argument(
+        "--max_num_load_retries",
+        type=_not_negative,
+        default=5,
+        metavar="N",
+        help="how often a version that did not load is tried again, once a minute (default 5)",
+    )
+    parser.add_argument(
+        "--allow_version_labels_for_unavailable_models",
+        type=_boolean,
+        default=False,
+        metavar="BOOLEAN",
+        help="whether a new label may name a version that is not loaded (default false)",
+    )
+    parser.add_argument(
+        "--enable_model_warmup",
+        type=_boolean,
+        default=True,
+        metavar="BOOLEAN",
+        help="whether the requests in assets.extra/ are run before a version is served (default true)",
     )
     parser.add_argument(
         "--model_name",
@@ -184,10 +227,10 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps_per_turn",
         type=_positive,
-        default=1,
+        default=4,
         metavar="N",
-        help="most tokens that a row makes before others may join or leave; more tokens a second, and "
-        "larger pieces in a stream (default 1)",
+        help="most tokens that a row makes before others may join or leave; more are more tokens a second, "
+        "in larger pieces of a stream (default 4)",
     )
     parser.add_argument(
         "--generation_timeout_in_ms",

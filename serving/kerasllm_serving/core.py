@@ -9,12 +9,14 @@ from tensorflow.core.protobuf import meta_graph_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
+    model_management_pb2,
     model_pb2,
     predict_pb2,
 )
 
 from kerasllm_serving import tensor_proto
 from kerasllm_serving.errors import ServingError, invalid_argument, unimplemented
+from kerasllm_serving.manager import ModelManager, models_of
 from kerasllm_serving.model import Servable
 
 DEFAULT_SIGNATURE = "serving_default"
@@ -22,16 +24,14 @@ SIGNATURE_DEF_FIELD = "signature_def"
 
 
 class ServerCore:
-    """Answers Predict, GetModelMetadata and GetModelStatus for one loaded model.
+    """Answers Predict, GetModelMetadata and GetModelStatus for the loaded models.
 
     Args:
-        model_name: The name by which requests ask for the model.
-        servable: The loaded version.
+        manager: What is loaded.
     """
 
-    def __init__(self, model_name: str, servable: Servable) -> None:
-        self.model_name = model_name
-        self.servable = servable
+    def __init__(self, manager: ModelManager) -> None:
+        self._manager = manager
 
     def predict(
         self, request: predict_pb2.PredictRequest, timeout_in_ms: int = 0
@@ -48,30 +48,9 @@ class ServerCore:
         Raises:
             ServingError: With TensorFlow Serving's code and message.
         """
-        servable = self._find_servable(request)
-        signature_name = request.model_spec.signature_name or DEFAULT_SIGNATURE
-        if signature_name not in servable.signatures:
-            raise ServingError(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f'Serving signature key "{signature_name}" not found.',
-            )
-        signature = servable.signatures[signature_name]
-        feeds = _feeds(signature, request.inputs)
-        aliases = _output_aliases(signature, request.output_filter)
-        fetches = [_tensor_name(alias, signature.outputs[alias]) for alias in aliases]
-        arrays = servable.run(feeds, fetches, timeout_in_ms)
-
-        response = predict_pb2.PredictResponse()
-        response.model_spec.name = request.model_spec.name
-        response.model_spec.version.value = servable.version
-        response.model_spec.signature_name = signature_name
-        for alias, array in zip(aliases, arrays, strict=True):
-            try:
-                proto = tensor_proto.from_array(array, signature.outputs[alias].dtype)
-            except ValueError as error:
-                raise unimplemented(f"Output {alias} cannot be sent: {error}") from error
-            response.outputs[alias].CopyFrom(proto)
-        return response
+        _require_model_spec(request)
+        with self._manager.use(request.model_spec) as loaded:
+            return run_predict(loaded.servable, request, timeout_in_ms)
 
     def signature_inputs(
         self, model_spec: model_pb2.ModelSpec
@@ -87,7 +66,8 @@ class ServerCore:
         Raises:
             ServingError: With TensorFlow Serving's code and message.
         """
-        servable = self._find_version(model_spec)
+        with self._manager.use(model_spec) as loaded:
+            servable = loaded.servable
         signature_name = model_spec.signature_name or DEFAULT_SIGNATURE
         if signature_name not in servable.signatures:
             raise invalid_argument(f'Serving signature name: "{signature_name}" not found in signature def')
@@ -118,14 +98,15 @@ class ServerCore:
         for field in request.metadata_field:
             if field != SIGNATURE_DEF_FIELD:
                 raise invalid_argument(f"Metadata field {field} is not supported")
-        servable = self._find_version(request.model_spec)
+        with self._manager.use(request.model_spec) as loaded:
+            servable = loaded.servable
 
         signature_defs = get_model_metadata_pb2.SignatureDefMap()
         for name, signature in servable.signatures.items():
             signature_defs.signature_def[name].CopyFrom(signature)
             signature_defs.signature_def[name].ClearField("defaults")
         response = get_model_metadata_pb2.GetModelMetadataResponse()
-        response.model_spec.name = self.model_name
+        response.model_spec.name = request.model_spec.name
         response.model_spec.version.value = servable.version
         response.metadata[SIGNATURE_DEF_FIELD].Pack(signature_defs)
         return response
@@ -133,56 +114,67 @@ class ServerCore:
     def get_model_status(
         self, request: get_model_status_pb2.GetModelStatusRequest
     ) -> get_model_status_pb2.GetModelStatusResponse:
-        """Tells the state of the served version.
+        """Tells the states of versions.
 
         Args:
             request: The model and, optionally, the version; a label is ignored.
 
         Returns:
-            One status, AVAILABLE.
+            The statuses, the newest version first.
 
         Raises:
             ServingError: With TensorFlow Serving's code and message.
         """
         _require_model_spec(request)
-        spec = request.model_spec
-        name_is_known = spec.name == self.model_name
-        if spec.HasField("version"):
-            if not name_is_known or spec.version.value != self.servable.version:
-                raise ServingError(
-                    grpc.StatusCode.NOT_FOUND,
-                    f"Could not find version {spec.version.value} of model {spec.name}",
-                )
-        elif not name_is_known:
-            raise ServingError(
-                grpc.StatusCode.NOT_FOUND, f"Could not find any versions of model {spec.name}"
-            )
-        response = get_model_status_pb2.GetModelStatusResponse()
-        response.model_version_status.add(
-            version=self.servable.version,
-            state=get_model_status_pb2.ModelVersionStatus.AVAILABLE,
-            # An explicit OK: an unset status would be left out of the JSON.
-            status={"error_code": 0, "error_message": ""},
+        statuses = self._manager.statuses(request.model_spec)
+        return get_model_status_pb2.GetModelStatusResponse(model_version_status=statuses)
+
+    def reload_config(
+        self, request: model_management_pb2.ReloadConfigRequest
+    ) -> model_management_pb2.ReloadConfigResponse:
+        """Serves exactly the models of a configuration.
+
+        Args:
+            request: The configuration.
+
+        Returns:
+            OK.
+
+        Raises:
+            ServingError: With TensorFlow Serving's code and message.
+        """
+        self._manager.reload(models_of(request.config))
+        # An explicit OK, as upstream.
+        return model_management_pb2.ReloadConfigResponse(status={"error_code": 0})
+
+
+def run_predict(
+    servable: Servable, request: predict_pb2.PredictRequest, timeout_in_ms: int = 0
+) -> predict_pb2.PredictResponse:
+    """Runs one signature of a version; as `ServerCore.predict`."""
+    signature_name = request.model_spec.signature_name or DEFAULT_SIGNATURE
+    if signature_name not in servable.signatures:
+        raise ServingError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f'Serving signature key "{signature_name}" not found.',
         )
-        return response
+    signature = servable.signatures[signature_name]
+    feeds = _feeds(signature, request.inputs)
+    aliases = _output_aliases(signature, request.output_filter)
+    fetches = [_tensor_name(alias, signature.outputs[alias]) for alias in aliases]
+    arrays = servable.run(feeds, fetches, timeout_in_ms)
 
-    def _find_servable(self, request: predict_pb2.PredictRequest) -> Servable:
-        _require_model_spec(request)
-        return self._find_version(request.model_spec)
-
-    def _find_version(self, spec: model_pb2.ModelSpec) -> Servable:
-        if not spec.name:
-            raise invalid_argument("ModelSpec has no name specified.")
-        if spec.HasField("version_label"):
-            raise invalid_argument(f"Unrecognized servable version label: {spec.version_label}")
-        asked = f"Latest({spec.name})"
-        version_is_known = True
-        if spec.HasField("version"):
-            asked = f"Specific({spec.name}, {spec.version.value})"
-            version_is_known = spec.version.value == self.servable.version
-        if spec.name != self.model_name or not version_is_known:
-            raise ServingError(grpc.StatusCode.NOT_FOUND, f"Servable not found for request: {asked}")
-        return self.servable
+    response = predict_pb2.PredictResponse()
+    response.model_spec.name = request.model_spec.name
+    response.model_spec.version.value = servable.version
+    response.model_spec.signature_name = signature_name
+    for alias, array in zip(aliases, arrays, strict=True):
+        try:
+            proto = tensor_proto.from_array(array, signature.outputs[alias].dtype)
+        except ValueError as error:
+            raise unimplemented(f"Output {alias} cannot be sent: {error}") from error
+        response.outputs[alias].CopyFrom(proto)
+    return response
 
 
 def _require_model_spec(

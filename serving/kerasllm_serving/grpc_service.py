@@ -128,7 +128,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 
 
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
-    """GetModelStatus; HandleReloadConfigRequest answers UNIMPLEMENTED.
+    """GetModelStatus and HandleReloadConfigRequest.
 
     Args:
         core: What answers the requests.
@@ -140,14 +140,14 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     def GetModelStatus(
         self, request: get_model_status_pb2.GetModelStatusRequest, context: grpc.ServicerContext
     ) -> get_model_status_pb2.GetModelStatusResponse:
-        """Tells the state of the served version."""
+        """Tells the states of versions."""
         return _answer(context, lambda: self._core.get_model_status(request))
 
     def HandleReloadConfigRequest(
         self, request: model_management_pb2.ReloadConfigRequest, context: grpc.ServicerContext
     ) -> model_management_pb2.ReloadConfigResponse:
-        """Answers UNIMPLEMENTED."""
-        return _refuse(context, "HandleReloadConfigRequest", "a restart")
+        """Serves exactly the models of a configuration."""
+        return _answer(context, lambda: self._core.reload_config(request))
 
 
 def _answer(context: grpc.ServicerContext, handle: Callable[[], _Response]) -> _Response:

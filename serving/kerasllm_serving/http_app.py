@@ -58,8 +58,8 @@ class State(Protocol):
     def rest_handler(self) -> RestHandler | None:
         """Answers TensorFlow Serving's requests; None: nothing is loaded yet."""
 
-    def find(self, name: str | None) -> Served:
-        """Returns the language model of a name, of None the only one; a KeyError if there is none."""
+    def find(self, name: str | None) -> contextlib.AbstractContextManager[Served]:
+        """Gives the language model of a name, of None the only one; a KeyError if there is none."""
 
     def language_models(self) -> list[Served]:
         """Returns all language models."""
@@ -177,7 +177,10 @@ class HttpApp:
                     await task
 
     async def _work(self, exchange: "_Exchange", endpoint: Callable, body: bytes) -> None:
-        result = await endpoint(body)
+        with contextlib.ExitStack() as held:
+            await self._respond_openai(exchange, await endpoint(body, held))
+
+    async def _respond_openai(self, exchange: "_Exchange", result: Stream | dict[str, Any]) -> None:
         if not isinstance(result, Stream):
             await exchange.respond(200, _JSON, _to_json(result))
             return

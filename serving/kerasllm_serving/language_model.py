@@ -122,6 +122,14 @@ class LoadedSlots:
         """Makes the memory, and frees all slots."""
         self._slots.reset()
 
+    def warm_up(self) -> None:
+        """Runs each function once, for the first run takes seconds."""
+        self.reset()
+        self.insert(0, RowRequest(token_ids=[0], max_new_tokens=2))
+        self.step(1)
+        self.alternatives(0)
+        self.free(0)
+
     def insert(self, slot: int, row: RowRequest) -> Report:
         """Reads a prompt into a slot and makes its first token; returns the report of all slots."""
         return _arrays(

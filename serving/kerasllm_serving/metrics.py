@@ -19,7 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._families: list[_Family] = []
+        self._families: dict[str, _Family] = {}
 
     def counter(self, name: str, text: str, labels: Sequence[str] = ()) -> "Counter":
         """Adds a number that only grows.
@@ -40,7 +40,8 @@ class Metrics:
             read: Returns the number.
             labels: Pairs of a label's name and its value.
         """
-        self._add(_Gauge(self._lock, name, text, tuple(key for key, _ in labels), read, labels))
+        family = self._add(_Gauge(self._lock, name, text, tuple(key for key, _ in labels)))
+        family.readers[tuple(value for _, value in labels)] = read
 
     def histogram(
         self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()
@@ -58,14 +59,14 @@ class Metrics:
     def render(self) -> str:
         """Returns all numbers in Prometheus' text format, version 0.0.4."""
         lines = []
-        for family in self._families:
+        for family in list(self._families.values()):
             lines += [f"# HELP {family.name} {family.text}", f"# TYPE {family.name} {family.kind}"]
             lines += family.samples()
         return "\n".join(lines) + "\n"
 
     def _add(self, family):
-        self._families.append(family)
-        return family
+        # A model that is loaded again goes on with its numbers.
+        return self._families.setdefault(family.name, family)
 
 
 class _Family:
@@ -106,13 +107,12 @@ class Counter(_Family):
 class _Gauge(_Family):
     kind = "gauge"
 
-    def __init__(self, lock, name, text, names, read, labels) -> None:
-        super().__init__(lock, name, text, names)
-        self._read = read
-        self._values = tuple(value for _, value in labels)
+    def __init__(self, lock: threading.Lock, name: str, text: str, labels: Labels) -> None:
+        super().__init__(lock, name, text, labels)
+        self.readers: dict[Labels, Callable[[], float]] = {}
 
     def samples(self) -> list[str]:
-        return [self._line("", self._values, self._read())]
+        return [self._line("", labels, read()) for labels, read in list(self.readers.items())]
 
 
 class Histogram(_Family):

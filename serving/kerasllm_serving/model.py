@@ -16,15 +16,15 @@ SAVED_MODEL_FILE = "saved_model.pb"
 _SERVE_TAG = "serve"
 
 
-def find_latest_version(base_path: Path) -> Path:
-    """Returns the version folder with the highest number.
+def find_versions(base_path: Path) -> list[Path]:
+    """Returns the version folders, the highest number last.
 
     Args:
         base_path: Folder that holds numeric version folders, as in `model/1`, `model/2`; whatever
             else lies there is ignored, so that an export may be written beside them first.
 
     Returns:
-        The path of the version folder.
+        The paths of the version folders, at least one.
 
     Raises:
         StartupError: If `base_path` is no folder, or holds no version.
@@ -51,7 +51,7 @@ def find_latest_version(base_path: Path) -> Path:
             "`--model_base_path` must hold a numeric version folder such as 1. "
             f"Received: {base_path}, which holds: {found}"
         )
-    return max(versions, key=lambda entry: int(entry.name))
+    return sorted(versions, key=lambda entry: int(entry.name))
 
 
 class Servable:

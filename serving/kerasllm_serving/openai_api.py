@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NoReturn
 
 import grpc
@@ -99,7 +100,7 @@ class Fields:
         body: JSON.
     """
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, held: ExitStack) -> None:
         try:
             values = json.loads(body, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
@@ -181,13 +182,17 @@ class OpenAiApi:
     """Answers requests; knows nothing of sockets.
 
     Args:
-        find: Returns the model of a name, of None the only one; raises a KeyError if there is none.
+        find: Gives the model of a name, of None the only one, which stays while it is held; raises a
+            KeyError if there is none.
         executor: Threads for what takes the processor: templates and tokenizers.
         timeout: Seconds after which a generation is ended.
     """
 
     def __init__(
-        self, find: Callable[[str | None], Served], executor: Executor, timeout: float | None
+        self,
+        find: Callable[[str | None], AbstractContextManager[Served]],
+        executor: Executor,
+        timeout: float | None,
     ) -> None:
         self._find = find
         self._executor = executor
@@ -200,15 +205,15 @@ class OpenAiApi:
         except ServingError as error:
             raise from_serving_error(error) from error
 
-    def _served(self, fields: Fields) -> Served:
+    def _served(self, fields: Fields, held: ExitStack) -> Served:
         name = fields.string("model")
         try:
-            return self._find(name)
+            return held.enter_context(self._find(name))
         except KeyError:
             raise ApiError(404, f"The model `{name}` does not exist.", "model", "model_not_found") from None
 
-    def _generating(self, fields: Fields) -> tuple[LanguageModel, Engine]:
-        served = self._served(fields)
+    def _generating(self, fields: Fields, held: ExitStack) -> tuple[LanguageModel, Engine]:
+        served = self._served(fields, held)
         if served.engine is None:
             what = "does not write text" if not served.model.can_generate else "was exported without slots"
             raise ApiError(
@@ -223,12 +228,12 @@ class OpenAiApi:
                 raise ApiError(400, f"`{name}` is not supported by this server.", name, "unsupported_value")
         return served.model, served.engine
 
-    # Endpoints. Each returns a JSON object, or an iterator of the objects of a stream.
+    # Endpoints. Each returns a JSON object or a stream, from a model that is held until `held` is closed.
 
-    async def completions(self, body: bytes) -> "dict[str, Any] | Stream":
+    async def completions(self, body: bytes, held: ExitStack) -> "dict[str, Any] | Stream":
         """POST /v1/completions."""
         fields = Fields(body)
-        model, engine = self._generating(fields)
+        model, engine = self._generating(fields, held)
         prompts = await self._read_prompts(fields, model)
         echo = fields.boolean("echo")
         wanted = fields.integer("logprobs", None, 0, _MOST_ALTERNATIVES)
@@ -242,10 +247,10 @@ class OpenAiApi:
         form = _CompletionForm(model, [prompt if echo else "" for prompt, _ in prompts], n, wanted)
         return await self._generate(fields, engine, rows, form, sum(len(ids) for _, ids in prompts))
 
-    async def chat_completions(self, body: bytes) -> "dict[str, Any] | Stream":
+    async def chat_completions(self, body: bytes, held: ExitStack) -> "dict[str, Any] | Stream":
         """POST /v1/chat/completions."""
         fields = Fields(body)
-        model, engine = self._generating(fields)
+        model, engine = self._generating(fields, held)
         ids = await self._encode_chat(fields, model)
         room = engine.model.length - len(ids)
         if room < 1:
@@ -269,10 +274,10 @@ class OpenAiApi:
         form = _ChatForm(model, wanted if has_logprobs else None)
         return await self._generate(fields, engine, rows, form, len(ids))
 
-    async def embeddings(self, body: bytes) -> dict[str, Any]:
+    async def embeddings(self, body: bytes, held: ExitStack) -> dict[str, Any]:
         """POST /v1/embeddings."""
         fields = Fields(body)
-        model = self._served(fields).model
+        model = self._served(fields, held).model
         if not model.can_embed:
             raise ApiError(400, f"The model `{model.name}` does not embed texts.", "model")
         texts = fields.get("input")
@@ -293,12 +298,12 @@ class OpenAiApi:
         usage = {"prompt_tokens": count, "total_tokens": count}
         return {"object": "list", "data": data, "model": model.name, "usage": usage}
 
-    async def tokenize(self, body: bytes) -> dict[str, Any]:
+    async def tokenize(self, body: bytes, held: ExitStack) -> dict[str, Any]:
         """POST /tokenize: `prompt`, or `messages`, to ids."""
         fields = Fields(body)
-        served = self._served(fields)
+        served = self._served(fields, held)
         if fields.get("messages") is not None:
-            model, _ = self._generating(fields)
+            model, _ = self._generating(fields, held)
             ids = await self._encode_chat(fields, model)
         else:
             if "tokenize" not in served.model.servable.signatures:
@@ -312,10 +317,10 @@ class OpenAiApi:
         longest = served.engine.model.length if served.engine else None
         return {"count": len(ids), "max_model_len": longest, "tokens": ids}
 
-    async def detokenize(self, body: bytes) -> dict[str, Any]:
+    async def detokenize(self, body: bytes, held: ExitStack) -> dict[str, Any]:
         """POST /detokenize: `tokens` to text."""
         fields = Fields(body)
-        model = self._served(fields).model
+        model = self._served(fields, held).model
         if "detokenize" not in model.servable.signatures:
             raise ApiError(400, f"The model `{model.name}` has no signature `detokenize`.", "model")
         ids = fields.get("tokens")
@@ -323,10 +328,10 @@ class OpenAiApi:
             fields.refuse("tokens", "a list of token ids")
         return {"prompt": await self._run(model.detokenize, ids)}
 
-    async def generate(self, body: bytes) -> dict[str, Any]:
+    async def generate(self, body: bytes, held: ExitStack) -> dict[str, Any]:
         """POST /generate: `text` to `generated_text`, as the model's own configuration says."""
         fields = Fields(body)
-        served = self._served(fields)
+        served = self._served(fields, held)
         model, engine = served.model, served.engine
         text = fields.string("text")
         if text is None:

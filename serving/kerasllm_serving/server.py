@@ -1,28 +1,35 @@
 """Runs the server: load, listen, say that it is ready, drain on a signal."""
 
+import contextlib
 import dataclasses
 import logging
+import math
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
 import uvicorn
+from tensorflow_serving.apis import model_pb2
 
 from kerasllm_serving.core import ServerCore
 from kerasllm_serving.engine import Engine
-from kerasllm_serving.errors import StartupError
+from kerasllm_serving.errors import ServingError, StartupError
 from kerasllm_serving.grpc_service import create_grpc_server
 from kerasllm_serving.http_app import HttpApp, HttpOptions
 from kerasllm_serving.language_model import LanguageModel
+from kerasllm_serving.manager import ModelConfig, ModelManager, read_config_file
 from kerasllm_serving.metrics import Metrics
-from kerasllm_serving.model import Servable, find_latest_version
+from kerasllm_serving.model import Servable, find_versions
 from kerasllm_serving.openai_api import Served
 from kerasllm_serving.rest import RestHandler
+from kerasllm_serving.warmup import warm_up
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +37,15 @@ class ServerOptions:
     """What the command line sets; the names are the flags'.
 
     Args:
-        model_base_path: Folder that holds the numeric version folders.
+        model_base_path: Folder that holds the numeric version folders; None: see `model_config_file`.
         model_name: The name by which requests ask for the model.
+        model_config_file: Text file with a ModelServerConfig, instead of the two above.
+        model_config_file_poll_wait_seconds: How often the file is read again; 0: never.
+        file_system_poll_wait_seconds: How often is looked for new versions; 0: never.
+        max_num_load_retries: How often a version that did not load is tried again.
+        allow_version_labels_for_unavailable_models: Whether a new label may name a version that is not
+            loaded.
+        enable_model_warmup: Whether the requests in `assets.extra/` are run before a version is served.
         host: Address to listen at.
         port: Port of gRPC; 0 takes a free one.
         rest_api_port: Port of REST; 0 for no REST.
@@ -49,7 +63,7 @@ class ServerOptions:
         drain_seconds: How long running requests may take to finish once the server is told to stop.
     """
 
-    model_base_path: Path
+    model_base_path: Path | None
     model_name: str
     host: str
     port: int
@@ -57,18 +71,24 @@ class ServerOptions:
     grpc_max_threads: int
     rest_api_num_threads: int
     rest_api_timeout_in_ms: int
+    model_config_file: Path | None = None
+    model_config_file_poll_wait_seconds: int = 0
+    file_system_poll_wait_seconds: int = 1
+    max_num_load_retries: int = 5
+    allow_version_labels_for_unavailable_models: bool = False
+    enable_model_warmup: bool = True
     rest_api_enable_cors_support: bool = False
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 64 * 2**20
     access_log: bool = False
     max_queue: int = 256
-    steps_per_turn: int = 1
+    steps_per_turn: int = 4
     generation_timeout_in_ms: int = 600_000
     drain_seconds: int = 30
 
 
 def serve(options: ServerOptions) -> None:
-    """Serves the latest version until SIGTERM or SIGINT, then finishes the running requests.
+    """Serves models until SIGTERM or SIGINT, then finishes the running requests.
 
     Prints one line on stdout when it is ready to answer. A second signal ends it at once.
 
@@ -78,7 +98,12 @@ def serve(options: ServerOptions) -> None:
     Raises:
         StartupError: If the model cannot be loaded or a port is taken.
     """
-    version_path = find_latest_version(options.model_base_path)
+    if options.model_config_file:
+        configs = read_config_file(options.model_config_file)
+    else:
+        configs = [ModelConfig(options.model_name, options.model_base_path)]
+    for config in configs:
+        find_versions(config.base_path)
     # Before the load, which may take minutes.
     check_port_is_free("--port", options.host, options.port)
     check_port_is_free("--rest_api_port", options.host, options.rest_api_port)
@@ -93,16 +118,23 @@ def serve(options: ServerOptions) -> None:
     # It says that the model is being loaded, until it is.
     rest_server = _start_rest_server(state, options, metrics) if options.rest_api_port else None
     try:
-        servable = Servable(version_path)
-        core = ServerCore(options.model_name, servable)
+        manager = ModelManager(
+            lambda name, path: LoadedVersion(name, path, options, metrics),
+            configs,
+            options.allow_version_labels_for_unavailable_models,
+            options.max_num_load_retries,
+        )
+        manager.start()
+        core = ServerCore(manager)
         grpc_server, grpc_port = create_grpc_server(
             core, _address(options.host, options.port), options.grpc_max_threads, options.api_keys
         )
-        state.serve(core, version_path, metrics)
+        state.serve(core, manager)
+    except ServingError as error:
+        _end(rest_server)
+        raise StartupError(error.message) from error
     except BaseException:
-        if rest_server:
-            rest_server.ask_to_stop()
-            rest_server.wait()
+        _end(rest_server)
         raise
     signal.signal(signal.SIGTERM, ask_to_stop)
     signal.signal(signal.SIGINT, ask_to_stop)
@@ -110,14 +142,80 @@ def serve(options: ServerOptions) -> None:
     rest_address = _address(options.host, options.rest_api_port) if rest_server else "off"
     print(
         f"kerasllm_serving: gRPC on {_address(options.host, grpc_port)}, REST on {rest_address}, "
-        f"model {options.model_name} version {servable.version} ready",
+        + ", ".join(f"model {name} version {number}" for name, number in manager.numbers())
+        + " ready",
         flush=True,
     )
-    stop.wait()
+    _watch_files(manager, configs, options, stop)
     state.is_stopping = True
     _drain(grpc_server, rest_server, options.drain_seconds)
-    state.close()
-    servable.close()
+    manager.close()
+
+
+def _watch_files(
+    manager: ModelManager, configs: Sequence[ModelConfig], options: ServerOptions, stop: threading.Event
+) -> None:
+    """Looks for new versions and another configuration, until the server is told to stop."""
+    begin = time.monotonic()
+    next_poll = begin + (options.file_system_poll_wait_seconds or math.inf)
+    next_read = begin + (options.model_config_file_poll_wait_seconds or math.inf)
+    while not stop.wait(min(max(min(next_poll, next_read) - time.monotonic(), 0), threading.TIMEOUT_MAX)):
+        now = time.monotonic()
+        if now >= next_read:
+            next_read = now + options.model_config_file_poll_wait_seconds
+            try:
+                read = read_config_file(options.model_config_file)
+                if read != configs:
+                    manager.reload(read)
+                    configs = read
+            except (StartupError, ServingError) as error:
+                _logger.error("%s", error)
+        if now >= next_poll:
+            manager.poll()
+            next_poll = time.monotonic() + options.file_system_poll_wait_seconds
+
+
+def _end(rest_server: "RestServer | None") -> None:
+    if rest_server:
+        rest_server.ask_to_stop()
+        rest_server.wait()
+
+
+class LoadedVersion:
+    """A loaded version of a model, with an engine if it was exported with slots.
+
+    Args:
+        name: The model's name.
+        path: The version folder.
+        options: The server's.
+        metrics: Where the numbers of the engine go.
+
+    Raises:
+        StartupError: If it does not load.
+        ServingError: If a warm-up request fails.
+    """
+
+    def __init__(self, name: str, path: Path, options: ServerOptions, metrics: Metrics) -> None:
+        self.servable = Servable(path)
+        self._drain_seconds = options.drain_seconds
+        if options.enable_model_warmup:
+            warm_up(self.servable, path)
+        self.served: Served | None = None
+        model = LanguageModel(name, path, self.servable)
+        if model.is_language_model:
+            engine = None
+            if model.slots is not None:
+                if options.enable_model_warmup:
+                    model.slots.warm_up()
+                labels = [("model_name", name)]
+                engine = Engine(model.slots, options.max_queue, options.steps_per_turn, metrics, labels)
+            self.served = Served(model, engine)
+
+    def close(self) -> None:
+        """Finishes what the engine has and frees the rest."""
+        if self.served and self.served.engine:
+            self.served.engine.close(self._drain_seconds)
+        self.servable.close()
 
 
 class ServerState:
@@ -131,51 +229,43 @@ class ServerState:
         self.is_stopping = False
         self._options = options
         self._handler: RestHandler | None = None
-        self._served: dict[str, Served] = {}
+        self._manager: ModelManager | None = None
 
-    def serve(self, core: ServerCore, path: Path, metrics: Metrics) -> None:
+    def serve(self, core: ServerCore, manager: ModelManager) -> None:
         """Begins to answer.
 
         Args:
             core: Answers TensorFlow Serving's requests.
-            path: The version folder.
-            metrics: Where the numbers of an engine go.
+            manager: What is loaded.
         """
-        model = LanguageModel(core.model_name, path, core.servable)
-        if model.is_language_model:
-            engine = None
-            if model.slots is not None:
-                options = self._options
-                labels = [("model_name", model.name)]
-                engine = Engine(model.slots, options.max_queue, options.steps_per_turn, metrics, labels)
-            self._served[model.name] = Served(model, engine)
+        self._manager = manager
         self._handler = RestHandler(core, self._options.rest_api_timeout_in_ms)
 
     def rest_handler(self) -> RestHandler | None:
         """Answers TensorFlow Serving's requests; None: nothing is loaded yet."""
         return self._handler
 
-    def find(self, name: str | None) -> Served:
-        """Returns the language model of a name, of None the only one; a KeyError if there is none."""
-        if name is None and len(self._served) == 1:
-            return next(iter(self._served.values()))
-        return self._served[name]
+    @contextlib.contextmanager
+    def find(self, name: str | None) -> Iterator[Served]:
+        """Gives the language model of a name, of None the only one; a KeyError if there is none."""
+        names = [served.model.name for served in self.language_models()]
+        if name is None and len(names) == 1:
+            name = names[0]
+        if name not in names:
+            raise KeyError(name)
+        with self._manager.use(model_pb2.ModelSpec(name=name)) as loaded:
+            yield loaded.served
 
     def language_models(self) -> list[Served]:
         """Returns all language models."""
-        return list(self._served.values())
+        loaded = self._manager.latest() if self._manager else {}
+        return [each.served for each in loaded.values() if each.served]
 
     def problem(self) -> str | None:
         """Why no request should come now; None: they may."""
         if self.is_stopping:
             return "The server is shutting down."
         return None if self._handler else "The model is being loaded."
-
-    def close(self) -> None:
-        """Ends the engines."""
-        for served in self._served.values():
-            if served.engine:
-                served.engine.close(0)
 
 
 class RestServer:

@@ -176,9 +176,11 @@ def start_server(
     def start(*flags: str) -> ServerProcess:
         log = tmp_path_factory.mktemp("log") / "stderr.txt"
         rest_port = free_port()
+        has_source = any(flag.startswith(("--model_base_path", "--model_config_file")) for flag in flags)
+        source = [] if has_source else [f"--model_base_path={model_base_path}"]
         command = [
             *(sys.executable, "-c", RUN_WITHOUT_KERASLLM),
-            f"--model_base_path={model_base_path}",
+            *source,
             "--host=127.0.0.1",
             "--port=0",
             f"--rest_api_port={rest_port}",

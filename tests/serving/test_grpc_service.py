@@ -13,7 +13,6 @@ from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
     inference_pb2,
-    model_management_pb2,
     predict_pb2,
     regression_pb2,
 )
@@ -296,7 +295,6 @@ def test_refused_metadata(server, fields, name, code, message):
         ("prediction", "Classify", classification_pb2.ClassificationRequest),
         ("prediction", "Regress", regression_pb2.RegressionRequest),
         ("prediction", "MultiInference", inference_pb2.MultiInferenceRequest),
-        ("models", "HandleReloadConfigRequest", model_management_pb2.ReloadConfigRequest),
     ],
 )
 def test_calls_that_are_not_offered(server, service, call, request_type):

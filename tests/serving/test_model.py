@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from kerasllm_serving.errors import ServingError, StartupError
-from kerasllm_serving.model import Servable, find_latest_version
+from kerasllm_serving.model import Servable, find_versions
 
 
 @pytest.fixture
@@ -19,30 +19,30 @@ def test_the_highest_number_is_the_latest_version(tmp_path):
     for name in ("2", "10", "9.tmp", "latest", "-11", "١٢"):
         (tmp_path / name).mkdir()
     (tmp_path / "11").write_text("a file")
-    assert find_latest_version(tmp_path) == tmp_path / "10"
+    assert [path.name for path in find_versions(tmp_path)] == ["2", "10"]
 
 
 def test_missing_base_path(tmp_path):
     with pytest.raises(StartupError, match="must be an existing folder. Received: .*nowhere"):
-        find_latest_version(tmp_path / "nowhere")
+        find_versions(tmp_path / "nowhere")
 
 
 def test_base_path_without_versions(tmp_path):
     with pytest.raises(StartupError, match="which holds: nothing"):
-        find_latest_version(tmp_path)
+        find_versions(tmp_path)
     (tmp_path / "1.tmp").mkdir()
     with pytest.raises(StartupError, match="must hold a numeric version .* holds: 1.tmp"):
-        find_latest_version(tmp_path)
+        find_versions(tmp_path)
 
 
 def test_a_version_folder_as_base_path_says_what_to_pass(saved_model, tmp_path):
     with pytest.raises(StartupError, match=f"--model_base_path={saved_model.parent}$"):
-        find_latest_version(saved_model)
+        find_versions(saved_model)
     unversioned = tmp_path / "exported"
     unversioned.mkdir()
     shutil.copy(saved_model / "saved_model.pb", unversioned)
     with pytest.raises(StartupError, match="move its contents to .*exported/1"):
-        find_latest_version(unversioned)
+        find_versions(unversioned)
 
 
 def test_missing_graph(version_folder):
