@@ -222,6 +222,16 @@ def _parser() -> argparse.ArgumentParser:
         help="write what runs the models under TensorFlow Serving into tf_serving/ beside them",
     )
     command.add_argument("--license", help="license of the weights (default: what the checkpoint says)")
+    command.add_argument(
+        "--slots",
+        type=int,
+        default=0,
+        help="rows of the continuous batching with which `kerasllm serve` answers OpenAI's API "
+        "(default: %(default)s, no such API)",
+    )
+    command.add_argument(
+        "--slot-length", type=int, metavar="TOKENS", help="most tokens of a row (default: the context)"
+    )
 
     devices = command.add_argument_group("for devices", "options of a .tflite or .litertlm")
     devices.add_argument(
@@ -268,7 +278,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--new-tokens", type=int, default=64, help="(default: %(default)s)")
     command.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
 
-    command = add("serve", _serve, "serve an exported model over TensorFlow Serving's gRPC and REST")
+    command = add(
+        "serve", _serve, "serve an exported model over TensorFlow Serving's gRPC and REST and OpenAI's API"
+    )
     command.add_argument("path", help="folder with the numbered versions, such as served/my_model")
     command.add_argument(
         "flags", nargs=argparse.REMAINDER, metavar="--flag=value", help="flags of tensorflow_model_server"
@@ -459,8 +471,17 @@ def _export(arguments) -> int:
 
     device_options = _device_options(arguments)
     if arguments.path.endswith((".tflite", ".litertlm")):
-        if arguments.overwrite or arguments.verify or arguments.docker or arguments.license:
-            raise ValueError("A file for devices takes none of --overwrite, --verify, --docker, --license.")
+        others = (
+            arguments.overwrite,
+            arguments.verify,
+            arguments.docker,
+            arguments.license,
+            arguments.slots,
+        )
+        if any(others):
+            raise ValueError(
+                "A file for devices takes none of --overwrite, --verify, --docker, --license, --slots."
+            )
         path = _load(arguments, "text-generation").export(arguments.path, **device_options)
         print(f"written: {path}")
         print(f'next: kerasllm run-litert {path} "…"')
@@ -470,6 +491,9 @@ def _export(arguments) -> int:
         raise ValueError(f"{names}: for a .tflite or .litertlm only. Received: {arguments.path}")
     stored = arguments.dtype if arguments.dtype in ("float16", "int8") else None
     model = load_task(arguments.model, PIPELINES, None if stored else arguments.dtype)
+    slots = {"slots": arguments.slots, "slot_length": arguments.slot_length} if arguments.slots else {}
+    if slots and not getattr(model, "continues_prompts", False):
+        raise ValueError(f"`--slots` is for models that continue a text. Received: {arguments.model}")
     path = release(
         model,
         arguments.path,
@@ -477,6 +501,7 @@ def _export(arguments) -> int:
         overwrite=arguments.overwrite,
         verify=arguments.verify,
         source=describe_source(find_checkpoint(arguments.model), arguments.license),
+        **slots,
     )
     print(f"written: {path}")
     if arguments.docker:
@@ -531,6 +556,8 @@ def _serve(arguments) -> int:
     flags = arguments.flags
     if not any(flag.startswith("--model_name") for flag in flags):
         flags = [f"--model_name={path.resolve().name}", *flags]
+    if not any(flag.startswith("--rest_api_port") for flag in flags):
+        flags = ["--rest_api_port=8501", *flags]
     command = [sys.executable, "-m", "kerasllm_serving", f"--model_base_path={path}", *flags]
     os.execv(sys.executable, command)
 

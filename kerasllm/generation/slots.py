@@ -38,8 +38,8 @@ class SlotDecoder(tf.Module):
     a stop string may yet end before.
 
     What a server needs besides: `alternatives` returns the likeliest tokens at each place of a slot's new
-    text, `token_texts` the bytes of tokens, `encode_chat` the ids of a rendered chat (where the tokenizer can
-    tell its special tokens from text that spells one), and `sizes` how large all this is.
+    text, `token_texts` the bytes of tokens, `encode_chat` the ids of a rendered chat (where the tokenizer
+    can tell its special tokens from text that spells one), and `sizes` how large all this is.
 
     Args:
         generator: The model with its tokenizer, configuration and limits.

@@ -100,7 +100,7 @@ class Fields:
         body: JSON.
     """
 
-    def __init__(self, body: bytes, held: ExitStack) -> None:
+    def __init__(self, body: bytes) -> None:
         try:
             values = json.loads(body, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
