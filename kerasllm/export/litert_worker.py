@@ -61,7 +61,8 @@ def recipe(kind: str, heads: list[str]) -> list[dict]:
     table, or it would be stored twice.
 
     Args:
-        kind: `"int8"`: weights of 8 bits, multiplied with activations that are quantised as they come.
+        kind: `"int8"`: weights of 8 bits, multiplied with activations that are quantised as they come, but
+            not in the attention, whose inputs are widest apart: there the weights are widened.
             `"int4"`: the same with weights of 4 bits in blocks of 32, but 8 bits for table and head.
             `"int8_weights"`: weights of 8 bits, which are widened when they are used.
             `"fp16"`: weights of 16 bits, which are widened when the model is loaded.
@@ -85,7 +86,9 @@ def recipe(kind: str, heads: list[str]) -> list[dict]:
     blocks = {"granularity": qtyping.QuantGranularity.BLOCKWISE_32} if bits == 4 else {}
     rules.add_dynamic_config(regex=".*", operation_name=matrix, num_bits=bits, **blocks)
     rules.add_dynamic_config(regex=".*", operation_name=table, num_bits=8)
-    if bits != 8 and heads:  # a later rule goes before an earlier one
+    if bits == 8:  # a later rule goes before an earlier one
+        rules.add_weight_only_config(regex="attention", operation_name=matrix, num_bits=8)
+    if bits != 8 and heads:
         regex = "|".join(sorted({f"^{re.escape(name)}" for name in heads}))
         rules.add_dynamic_config(regex=regex, operation_name=matrix, num_bits=8)
     return rules.get_quantization_recipe()

@@ -367,7 +367,9 @@ def _write(
     }
     with new_folder(path) as folder:
         with _narrow_weights(model):
-            tf.saved_model.save(module, str(folder), signatures=functions)
+            # The gradients of functions that have their own would be saved too; nobody takes them here.
+            options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+            tf.saved_model.save(module, str(folder), signatures=functions, options=options)
         if methods:
             _name_methods(folder / "saved_model.pb", methods)
         extra = folder / "assets.extra"

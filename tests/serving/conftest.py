@@ -17,7 +17,7 @@ import tensorflow as tf
 from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
 
 SERVING_FOLDER = Path(__file__).parents[2] / "serving"
-START_SECONDS = 90
+START_SECONDS = 240
 
 # The server must run where neither the library nor Keras is installed.
 RUN_WITHOUT_KERASLLM = """
