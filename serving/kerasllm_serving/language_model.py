@@ -46,6 +46,9 @@ class LanguageModel:
         self._tokenizer = None
         if self.can_embed and (path / _EXTRA / "tokenizer.json").is_file():
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path / _EXTRA / "tokenizer.json"))
+            # What a file says of filling up and cutting is for whole batches in other programs.
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
         self.chat_template = None
         if self.slots is not None and self.slots.can_chat:
             self.chat_template = _read_chat_template(path / _EXTRA)

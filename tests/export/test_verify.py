@@ -85,6 +85,9 @@ def test_another_tokenizer_is_found(served, causal_lm, stories, monkeypatch):
 def test_a_tokenizer_unlike_its_file_is_found(tokenizer):
     content = json.loads(tokenizer.to_json())
     content["normalizer"] = {"type": "Lowercase"}
+    content["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
     other = Tokenizer.from_json(json.dumps(content))
     assert not problems(verify._check_reference(other))
     other.to_json = tokenizer.to_json
