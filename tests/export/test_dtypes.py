@@ -156,3 +156,17 @@ def test_what_cannot_be(llama, tmp_path):
         TextEmbedder(Bert(BertConfig(**SIZES), None)).model.quantize("int4")
     assert os.listdir(tmp_path) == []
     assert {variable.dtype for variable in llama.model.variables} == {"float32"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_more_than_two_gigabytes(tokenizer, tmp_path):
+    """More than one protocol buffer may hold."""
+    sizes = {"num_layers": 9, "num_heads": 16, "dim": 2048, "intermediate_dim": 8192}
+    model = CausalLM(Llama(LlamaConfig(**{**SIZES, **sizes})), tokenizer)
+    folder = model.export(tmp_path / "1")
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) > 2.2 * 2**30
+    live = model.generate_tokens(PROMPTS[:1], 4, logprobs=0)
+    del model
+    served = tf.saved_model.load(str(folder)).signatures["generate"]
+    check_rows(served(**inputs(PROMPTS[:1], max_new_tokens=4)), live)
