@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,15 @@ def lite_tables():
     return tables_used_with(TableFunctions(_look_up, _score))
 
 
+def by_name(pairs, names: Callable[[int], tuple[str, str]] = cache_names) -> dict[str, tf.Tensor]:
+    """Keys and values of each layer, by the names that they have outside."""
+    return {
+        name: array
+        for number, pair in enumerate(pairs)
+        for name, array in zip(names(number), pair, strict=True)
+    }
+
+
 def _signature(model: LanguageModel, length: int, cache_length: int, columns: int, with_logits: bool):
     """A function with the inputs and outputs that LiteRT-LM expects, for `length` tokens at once."""
     specs = {
@@ -71,9 +80,8 @@ def _signature(model: LanguageModel, length: int, cache_length: int, columns: in
         "input_pos": tf.TensorSpec([length], tf.int32, name="input_pos"),
         "mask": tf.TensorSpec([1, 1, length, columns], tf.float32, name="mask"),
     }
-    for number, pair in enumerate(model.make_cache(1, cache_length)):
-        for name, array in zip(cache_names(number), pair, strict=True):
-            specs[name] = tf.TensorSpec(array.shape, tf.float32, name=name)
+    for name, array in by_name(model.make_cache(1, cache_length)).items():
+        specs[name] = tf.TensorSpec(array.shape, tf.float32, name=name)
 
     @tf.function(autograph=False)
     def run(tokens, input_pos, mask, **caches):
@@ -81,11 +89,7 @@ def _signature(model: LanguageModel, length: int, cache_length: int, columns: in
         arguments = {"attention_mask": mask, "cache": cache, "cache_index": input_pos[0]}
         # Without logits the head is left out: what reads a prompt does not pay for it.
         logits, cache = model(tokens, with_head=with_logits, **arguments)
-        outputs = {
-            name: array
-            for number, pair in enumerate(cache)
-            for name, array in zip(cache_names(number), pair, strict=True)
-        }
+        outputs = by_name(cache)
         return {**outputs, "logits": logits} if with_logits else outputs
 
     with lite_tables():
@@ -151,15 +155,8 @@ def export_litert(
         RuntimeError: If the converter fails.
     """
     path = pathlib.Path(path)
-    if path.suffix != ".tflite":
-        raise ValueError(f"A LiteRT model's name must end in .tflite. Received: {path}")
     beside = [path.parent / name for name in ("tokenizer.json", "generation_config.json", "report.json")]
-    for file in (path, *beside):
-        if file.exists():
-            raise FileExistsError(
-                "An export never overwrites, and each LiteRT model needs a folder of its own. "
-                f"Received: {path}, where this exists: {file.name}"
-            )
+    check_new(path, beside)
     settings = (config or GenerationConfig()).to_huggingface(tokenizer.eos_id)
     with converted(
         model,
@@ -222,21 +219,7 @@ def converted(
         raise ValueError(f"`prefill_lengths` must be at least 1 each. Received: {prefill_lengths}")
     if decode_lengths and min(decode_lengths) < 1:
         raise ValueError(f"`decode_lengths` must be at least 1 each. Received: {decode_lengths}")
-    if quantize not in LARGEST_DIVERGENCE:
-        kinds = ", ".join(map(repr, LARGEST_DIVERGENCE))
-        raise ValueError(f"`quantize` must be one of {kinds}. Received: {quantize!r}")
-    if model.compute_dtype != "float32":
-        raise ValueError(
-            f"A LiteRT export takes a float32 model. Received: compute dtype {model.compute_dtype}"
-        )
-    check_vocabularies(model, tokenizer)
-    for module, is_needed in (("litert_quantizer", quantize), ("ai_edge_litert", quantize or texts)):
-        if is_needed and importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(
-                f"This export needs an extra: pip install 'kerasllm[litert]'. There is no {module}."
-            )
-    if not force:
-        check_memory(model)
+    check_convertible(model, tokenizer, quantize, force, runs=bool(texts))
 
     shapes = {f"prefill_{n}": (n, cache_length) for n in sorted(set(prefill_lengths)) if n <= cache_length}
     shapes = shapes or {"prefill_1": (1, cache_length)}
@@ -266,6 +249,44 @@ def converted(
                     f"`force` writes it all the same. Received: {report['divergence']:.4f}"
                 )
         yield file, report
+
+
+def check_new(path: pathlib.Path, beside: Sequence[pathlib.Path]) -> None:
+    """Raises an error if a `.tflite` cannot be made at a path, with the files beside it."""
+    if path.suffix != ".tflite":
+        raise ValueError(f"A LiteRT model's name must end in .tflite. Received: {path}")
+    for file in (path, *beside):
+        if file.exists():
+            raise FileExistsError(
+                "An export never overwrites, and each LiteRT model needs a folder of its own. "
+                f"Received: {path}, where this exists: {file.name}"
+            )
+
+
+def check_convertible(
+    model: LanguageModel, tokenizer: Tokenizer, quantize: str | None, force: bool, runs: bool = False
+) -> None:
+    """Raises an error if a model cannot be converted here.
+
+    Args:
+        model, tokenizer, quantize, force: As in `export_litert`.
+        runs: Whether the file is going to be run as well.
+    """
+    if quantize not in LARGEST_DIVERGENCE:
+        kinds = ", ".join(map(repr, LARGEST_DIVERGENCE))
+        raise ValueError(f"`quantize` must be one of {kinds}. Received: {quantize!r}")
+    if model.compute_dtype != "float32":
+        raise ValueError(
+            f"A LiteRT export takes a float32 model. Received: compute dtype {model.compute_dtype}"
+        )
+    check_vocabularies(model, tokenizer)
+    for module, is_needed in (("litert_quantizer", quantize), ("ai_edge_litert", quantize or runs)):
+        if is_needed and importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(
+                f"This export needs an extra: pip install 'kerasllm[litert]'. There is no {module}."
+            )
+    if not force:
+        check_memory(model)
 
 
 def available_memory() -> int | None:

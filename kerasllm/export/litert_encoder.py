@@ -1,7 +1,6 @@
 """A `.tflite` of models that read whole texts: BERT's kind with static lengths, and encoder-decoders."""
 
 import contextlib
-import importlib.util
 import os
 import pathlib
 import tempfile
@@ -10,9 +9,16 @@ from typing import Any
 
 import tensorflow as tf
 
-from kerasllm.export.litert import check_memory, check_operations, convert, lite_tables
+from kerasllm.export.litert import (
+    by_name,
+    check_convertible,
+    check_new,
+    check_operations,
+    convert,
+    lite_tables,
+)
 from kerasllm.files import write_json
-from kerasllm.generation import GenerationConfig, cache_names, check_vocabularies
+from kerasllm.generation import GenerationConfig, cache_names
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
@@ -122,7 +128,7 @@ def export_litert_seq2seq(
         memory = model.encode(token_ids, attention_mask)
         missing = [[0, 0], [0, longest - memory.shape[1]], [0, 0]]
         pairs = model.make_memory_cache(tf.pad(memory, missing))
-        return _by_name(pairs, memory_names)
+        return by_name(pairs, memory_names)
 
     def decode(tokens, input_pos, mask, memory_mask, **caches):
         count = len(caches) // 4
@@ -136,7 +142,7 @@ def export_litert_seq2seq(
             cache=cache,
             cache_index=input_pos[0],
         )
-        return {**_by_name(cache, cache_names), "logits": logits}
+        return {**by_name(cache), "logits": logits}
 
     def trace(function, **specs):
         specs = {name: tf.TensorSpec(shape, dtype, name=name) for name, (shape, dtype) in specs.items()}
@@ -150,7 +156,7 @@ def export_litert_seq2seq(
             for n in lengths
         }
         outputs = signatures[f"encode_{longest}"].structured_outputs
-        caches = _by_name(model.make_cache(1, cache_length), cache_names)
+        caches = by_name(model.make_cache(1, cache_length))
         signatures["decode"] = trace(
             decode,
             tokens=([1, 1], tf.int32),
@@ -172,14 +178,6 @@ def memory_names(number: int) -> tuple[str, str]:
     return f"memory_k_{number}", f"memory_v_{number}"
 
 
-def _by_name(pairs, names: Callable[[int], tuple[str, str]]) -> dict[str, tf.Tensor]:
-    return {
-        name: array
-        for number, pair in enumerate(pairs)
-        for name, array in zip(names(number), pair, strict=True)
-    }
-
-
 def _checked_lengths(name: str, lengths: Sequence[int], context: int) -> list[int]:
     if not lengths or min(lengths) < 1:
         raise ValueError(f"`{name}` must be at least 1 each. Received: {lengths}")
@@ -197,25 +195,8 @@ def _new_model(
 ) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
     """Checks what is asked for; yields the path and a file to fill, which then gets its name."""
     path = pathlib.Path(path)
-    if path.suffix != ".tflite":
-        raise ValueError(f"A LiteRT model's name must end in .tflite. Received: {path}")
-    for file in (path, path.parent / "tokenizer.json", path.parent / beside):
-        if file.exists():
-            raise FileExistsError(
-                "An export never overwrites, and each LiteRT model needs a folder of its own. "
-                f"Received: {path}, where this exists: {file.name}"
-            )
-    if quantize not in (kinds := (None, "fp16", "int8", "int4", "int8_weights")):
-        raise ValueError(f"`quantize` must be one of {kinds}. Received: {quantize!r}")
-    if quantize and importlib.util.find_spec("litert_quantizer") is None:
-        raise ModuleNotFoundError("`quantize` needs an extra: pip install 'kerasllm[litert]'.")
-    if model.compute_dtype != "float32":
-        raise ValueError(
-            f"A LiteRT export takes a float32 model. Received: compute dtype {model.compute_dtype}"
-        )
-    check_vocabularies(model, tokenizer)
-    if not force:
-        check_memory(model)
+    check_new(path, [path.parent / "tokenizer.json", path.parent / beside])
+    check_convertible(model, tokenizer, quantize, force)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         file = pathlib.Path(work, "model.tflite")
