@@ -232,6 +232,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--slot-length", type=int, metavar="TOKENS", help="most tokens of a row (default: the context)"
     )
+    command.add_argument(
+        "--jit-compile",
+        action=argparse.BooleanOptionalAction,
+        help="whether XLA compiles the decoding: quicker, but TensorFlow Serving needs "
+        "--xla_cpu_compilation_enabled then (default: only for the slots of a large model)",
+    )
 
     devices = command.add_argument_group("for devices", "options of a .tflite or .litertlm")
     devices.add_argument(
@@ -477,10 +483,12 @@ def _export(arguments) -> int:
             arguments.docker,
             arguments.license,
             arguments.slots,
+            arguments.jit_compile,
         )
         if any(others):
             raise ValueError(
-                "A file for devices takes none of --overwrite, --verify, --docker, --license, --slots."
+                "A file for devices takes none of --overwrite, --verify, --docker, --license, --slots, "
+                "--jit-compile."
             )
         path = _load(arguments, "text-generation").export(arguments.path, **device_options)
         print(f"written: {path}")
@@ -491,9 +499,13 @@ def _export(arguments) -> int:
         raise ValueError(f"{names}: for a .tflite or .litertlm only. Received: {arguments.path}")
     stored = arguments.dtype if arguments.dtype in ("float16", "int8") else None
     model = load_task(arguments.model, PIPELINES, None if stored else arguments.dtype)
-    slots = {"slots": arguments.slots, "slot_length": arguments.slot_length} if arguments.slots else {}
-    if slots and not getattr(model, "continues_prompts", False):
+    options = {"slots": arguments.slots, "slot_length": arguments.slot_length} if arguments.slots else {}
+    if options and not getattr(model, "continues_prompts", False):
         raise ValueError(f"`--slots` is for models that continue a text. Received: {arguments.model}")
+    if arguments.jit_compile is not None:
+        if not hasattr(model, "generate"):
+            raise ValueError(f"`--jit-compile` is for models that write text. Received: {arguments.model}")
+        options["jit_compile"] = arguments.jit_compile
     path = release(
         model,
         arguments.path,
@@ -501,7 +513,7 @@ def _export(arguments) -> int:
         overwrite=arguments.overwrite,
         verify=arguments.verify,
         source=describe_source(find_checkpoint(arguments.model), arguments.license),
-        **slots,
+        **options,
     )
     print(f"written: {path}")
     if arguments.docker:

@@ -83,6 +83,15 @@ def random_loaded(random_served):
 
 
 @pytest.fixture(scope="session")
+def compiled_loaded(random_lm, tmp_path_factory):
+    """`random_lm` as a SavedModel whose decoding XLA compiles, that of the slots too."""
+    import tensorflow as tf
+
+    path = tmp_path_factory.mktemp("served") / "compiled" / "1"
+    return tf.saved_model.load(str(random_lm.export(path, slots=3, jit_compile=True)))
+
+
+@pytest.fixture(scope="session")
 def tflite(random_lm, tmp_path_factory):
     """`random_lm` as a LiteRT model whose cache is not a multiple of its prefill lengths."""
     path = tmp_path_factory.mktemp("litert") / "model.tflite"

@@ -128,6 +128,8 @@ _FLAGS = (
     "--batching_parameters_file=/config/batching.config",
     # A long text takes longer than the 30 seconds that REST calls have.
     "--rest_api_timeout_in_ms=300000",
+    # For folders exported with `jit_compile`; it changes nothing for others.
+    "--xla_cpu_compilation_enabled=true",
 )
 
 

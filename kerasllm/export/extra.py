@@ -271,6 +271,9 @@ def grpc_request(
 
 # The model card
 
+_COMPILED = """
+XLA compiles its decoding: TensorFlow Serving has to be started with `--xla_cpu_compilation_enabled`."""
+
 _PYTHON = """\
 ```python
 import grpc
@@ -319,7 +322,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         f"# {manifest['model_class']}, exported for TensorFlow Serving",
         "",
         "This folder is a SavedModel that reads text, tokenizer inside. It needs TensorFlow "
-        f"{manifest['tensorflow_version'].rpartition('.')[0]} or TensorFlow Serving 2.20 and nothing else.",
+        f"{manifest['tensorflow_version'].rpartition('.')[0]} or TensorFlow Serving 2.20 and nothing else."
+        + (_COMPILED if manifest.get("jit_compile") else ""),
         "",
         "| | |",
         "|---|---|",

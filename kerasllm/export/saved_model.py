@@ -32,6 +32,7 @@ from kerasllm.generation import (
     TextGenerator,
     TextScorer,
     batch_settings,
+    gains_from_xla,
 )
 from kerasllm.generation.checks import check_texts
 from kerasllm.layers.precision import weights_widened_in_turn
@@ -172,6 +173,7 @@ def export_saved_model(
     slots: int = 0,
     slot_length: int | None = None,
     batching: Batching | None = None,
+    jit_compile: bool | None = None,
     **limits: int | None,
 ) -> pathlib.Path:
     """Writes a SavedModel that turns prompts into continuations, tokenizer and generation inside.
@@ -206,6 +208,10 @@ def export_saved_model(
         slot_length: Most tokens of a row of it. None: the model's context.
         batching: Whether the graph puts calls of `serving_default`, `generate` and `score` together that
             come at the same time, for servers that do not.
+        jit_compile: Whether XLA compiles the decoding, once for each of a few lengths and numbers of rows.
+            A TensorFlow Serving on a CPU refuses calls of such a folder unless it is started with
+            `--xla_cpu_compilation_enabled`, and one on a GPU has no XLA. None: that of the slots of a
+            large model, which no TensorFlow Serving calls.
         **limits: Fields of `Limits`, the most that a request may ask for.
 
     Returns:
@@ -218,7 +224,7 @@ def export_saved_model(
     config = config or GenerationConfig()
     is_seq2seq = model.head == "seq2seq"
     kind, scorer = (AnswerGenerator, AnswerScorer) if is_seq2seq else (TextGenerator, TextScorer)
-    generator = kind(model, tokenizer, config, Limits(**limits))
+    generator = kind(model, tokenizer, config, Limits(**limits), bool(jit_compile))
     if slots and is_seq2seq:
         raise ValueError(f"Slots are for models that continue a text. Received: slots={slots}")
     module = SavedModule(model, tokenizer)
@@ -233,7 +239,8 @@ def export_saved_model(
             omitted["chat"] = str(error)
             logging.getLogger(__name__).warning("No signature `chat`: %s", error)
     if slots:
-        module.slots = SlotDecoder(generator, slots, slot_length)
+        compiled = gains_from_xla(model) if jit_compile is None else jit_compile
+        module.slots = SlotDecoder(generator, slots, slot_length, compiled)
     return _write(
         module,
         functions,
@@ -241,7 +248,7 @@ def export_saved_model(
         path,
         generator.limits,
         files={"generation_config.json": config.to_huggingface(tokenizer.eos_id)},
-        more={"omitted_signatures": omitted, "slots": slots},
+        more={"omitted_signatures": omitted, "slots": slots, "jit_compile": bool(jit_compile)},
     )
 
 

@@ -3,7 +3,7 @@
 from kerasllm.generation.cached import CachedDecoder, cache_names
 from kerasllm.generation.config import GenerationConfig
 from kerasllm.generation.constraints import Constraint, ConstraintFactory
-from kerasllm.generation.engine import Engine, Row
+from kerasllm.generation.engine import Engine, Row, gains_from_xla
 from kerasllm.generation.generate import (
     KNOBS,
     SIGNATURE,
@@ -36,6 +36,7 @@ __all__ = [
     "batch_settings",
     "cache_names",
     "check_vocabularies",
+    "gains_from_xla",
     "run",
     "run_beams",
 ]

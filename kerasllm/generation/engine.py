@@ -11,17 +11,21 @@ import tensorflow as tf
 from kerasllm.generation.beam import BeamSearch
 from kerasllm.generation.config import GenerationConfig
 from kerasllm.generation.contrastive import decode_contrastive, prefill_contrastive
-from kerasllm.generation.decoding import DecodeState, append_token, decode, pad_to, prefill
+from kerasllm.generation.decoding import append_token, decode, prefill
+from kerasllm.generation.padding import SHORTEST_LENGTH, bucket, fill_up_rows, fill_up_state
 from kerasllm.generation.processors import RowSettings, settings_arrays
 from kerasllm.generation.sampling import uniform_numbers
 from kerasllm.generation.speculative import decode_with_guesses, draft_tokens
-from kerasllm.layers.attention import swap_cache_layout
 from kerasllm.layers.xla import traced_for_xla
 from kerasllm.models import LanguageModel
 
 # XLA takes seconds to compile; a model smaller than this is quicker without.
 _MIN_WEIGHTS_FOR_XLA = 10_000_000
-_SHORTEST_LENGTH = 64
+
+
+def gains_from_xla(model: LanguageModel) -> bool:
+    """Whether a model is large enough for the compiling to be worth its time."""
+    return model.count_params() >= _MIN_WEIGHTS_FOR_XLA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,21 +51,6 @@ class Row:
         return self.prompt if self.continues_text else ()
 
 
-def bucket(size: int, smallest: int = 1, limit: int | None = None) -> int:
-    """Rounds a size up, so that few shapes occur: to a power of two or to three halves of one.
-
-    Args:
-        size: The size.
-        smallest: The smallest bucket, a power of two.
-        limit: The largest useful bucket, at least `size`; None: none.
-    """
-    power = smallest
-    while power < size:
-        power *= 2
-    rounded = power * 3 // 4 if power > smallest and power % 4 == 0 and power * 3 // 4 >= size else power
-    return rounded if limit is None else min(rounded, limit)
-
-
 def _specs(structure: Any) -> Any:
     """The specs of tensors or arrays with any number of rows."""
     return tf.nest.map_structure(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), structure)
@@ -80,9 +69,7 @@ class Engine:
 
     def __init__(self, model: LanguageModel, jit_compile: bool | None = None):
         self.model = model
-        if jit_compile is None:
-            jit_compile = model.count_params() >= _MIN_WEIGHTS_FOR_XLA
-        self.jit_compile = jit_compile
+        self.jit_compile = gains_from_xla(model) if jit_compile is None else jit_compile
         self._functions: dict = {}
 
     def function(self, key, make):
@@ -199,23 +186,6 @@ class Rows:
         return values.pop()
 
 
-def fill_up_rows(structure: Any, size: tf.Tensor) -> Any:
-    """Adds rows of zeros to tensors, in a graph."""
-    return tf.nest.map_structure(lambda tensor: pad_to(tensor, size, axis=0), structure)
-
-
-def fill_up_state(state: DecodeState, size: tf.Tensor, for_xla: bool) -> DecodeState:
-    """Adds rows that have ended and have one token, and lays caches out as the decoding wants them."""
-    state = fill_up_rows(state, size)
-    if for_xla:
-        state = state._replace(
-            cache=swap_cache_layout(state.cache), draft_cache=swap_cache_layout(state.draft_cache)
-        )
-    return state._replace(
-        lengths=tf.maximum(state.lengths, 1), prompt_lengths=tf.maximum(state.prompt_lengths, 1)
-    )
-
-
 def as_tensors(settings: RowSettings) -> RowSettings:
     """Arrays to tensors."""
     return RowSettings(*(None if a is None else tf.constant(a) for a in settings))
@@ -294,7 +264,7 @@ def search_beams(
     state, extra = start_graph(
         tf.constant(arrays.prompts),
         tf.constant(arrays.lengths),
-        tf.constant(bucket(arrays.longest, _SHORTEST_LENGTH, model.config.context_length)),
+        tf.constant(bucket(arrays.longest, SHORTEST_LENGTH, model.config.context_length)),
         settings,
         tf.constant(arrays.seeds),
         tf.constant(arrays.copies),
@@ -376,7 +346,7 @@ class Batch:
         self._state, *self._constants = start_graph(
             tf.constant(arrays.prompts),
             tf.constant(arrays.lengths),
-            tf.constant(bucket(room, _SHORTEST_LENGTH, min(contexts))),
+            tf.constant(bucket(room, SHORTEST_LENGTH, min(contexts))),
             as_tensors(arrays.settings),
             tf.constant(arrays.seeds),
             tf.constant(arrays.copies),

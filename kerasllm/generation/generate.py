@@ -7,8 +7,10 @@ from typing import Any
 import tensorflow as tf
 
 from kerasllm.generation.checks import after, check_batch, check_texts, rule
+from kerasllm.generation.compiled import decode_compiled
 from kerasllm.generation.config import GenerationConfig
-from kerasllm.generation.decoding import append_token, decode, prefill
+from kerasllm.generation.decoding import append_token, decode, pad_to, prefill
+from kerasllm.generation.padding import SHORTEST_LENGTH, bucket_in_graph
 from kerasllm.generation.processors import RowSettings, settings_arrays
 from kerasllm.generation.sampling import uniform_numbers
 from kerasllm.generation.stops import LONGEST_STOP_STRING, MOST_STOP_STRINGS, StopWatch, read_stop_strings
@@ -112,6 +114,7 @@ class TextGenerator:
         tokenizer: The tokenizer.
         config: What the signature has no input for, such as end tokens and penalties.
         limits: The most that a request may ask for.
+        jit_compile: Whether XLA compiles the decoding, for each of a few lengths and numbers of rows.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model, or `config` asks for what such a
@@ -124,11 +127,13 @@ class TextGenerator:
         tokenizer: Tokenizer,
         config: GenerationConfig | None = None,
         limits: Limits | None = None,
+        jit_compile: bool = False,
     ):
         check_vocabularies(model, tokenizer)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config or GenerationConfig()
+        self.jit_compile = jit_compile
         self.limits = (limits or Limits()).within(model.config.context_length)
         # Guesses change no result, only the time.
         for name in ("num_beams", "penalty_alpha"):
@@ -329,6 +334,10 @@ class TextGenerator:
             min_new_tokens=least,
         )
 
+    def _rounded(self, length: tf.Tensor) -> tf.Tensor:
+        """Rounds a length up for XLA, int32 `[]`."""
+        return bucket_in_graph(length, SHORTEST_LENGTH, self.model.config.context_length)
+
     def _check_knobs(self, lengths: tf.Tensor, knobs: Mapping[str, tf.Tensor]) -> list[tf.Operation]:
         context, limit = self.model.config.context_length, self.limits.max_new_tokens
         most = knobs["max_new_tokens"]
@@ -359,18 +368,23 @@ class TextGenerator:
         knobs = after(self._check_knobs(lengths, knobs), knobs)
         most = knobs["max_new_tokens"]
         steps = tf.reduce_max(most)
-        uniform = uniform_numbers(knobs["seed"], steps)
+        room = tf.reduce_max(lengths + most)
+        if self.jit_compile:
+            room = self._rounded(room)
+        uniform = uniform_numbers(knobs["seed"], room)
         settings = self._settings(tf.size(lengths), knobs)
         before = tf.RaggedTensor.from_tensor(
             begin, lengths=lengths if self._continues_prompts else 0 * lengths
         )
         watch = StopWatch(self.tokenizer.decoder, stops)
 
-        room = tf.reduce_max(lengths + most)
         logits, state = prefill(self.model, begin, lengths, room, num_log_probabilities=0, extra=extra)
         state = state._replace(texts=watch.start(before))
         state = watch.look(append_token(state, logits, settings, uniform), lengths)
-        state = decode(self.model, state, settings, uniform, steps, extra, watch.look)
+        if self.jit_compile:
+            state = decode_compiled(self.model, state, settings, uniform, steps, extra, watch)
+        else:
+            state = decode(self.model, state, settings, uniform, steps, extra, watch.look)
 
         end = watch.finish(state).end
         counts = state.lengths - lengths
@@ -399,6 +413,8 @@ class AnswerGenerator(TextGenerator):
     def _start(
         self, prompts: tf.Tensor, lengths: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, Mapping[str, Any]]:
+        if self.jit_compile:
+            prompts = pad_to(prompts, self._rounded(tf.shape(prompts)[1]), axis=1)
         mask = tf.sequence_mask(lengths, tf.shape(prompts)[1], tf.int32)
         memory_cache = self.model.make_memory_cache(self.model.encode(prompts, mask))
         ones = tf.ones_like(lengths)

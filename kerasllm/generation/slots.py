@@ -1,8 +1,12 @@
 """Continuous batching: rows that come and go, on variables inside of the module."""
 
+import contextlib
+from typing import NamedTuple
+
 import tensorflow as tf
 
 from kerasllm.generation.checks import after, rule
+from kerasllm.generation.compiled import look_back
 from kerasllm.generation.decoding import DecodeState, append_token, decode, pad_to, prefill
 from kerasllm.generation.generate import KNOBS, TextGenerator
 from kerasllm.generation.processors import RowSettings
@@ -14,6 +18,8 @@ from kerasllm.generation.stops import (
     StopWatch,
     read_stop_strings,
 )
+from kerasllm.layers.attention import swap_cache_layout
+from kerasllm.layers.xla import traced_for_xla
 
 # The most alternatives to a token whose log-probabilities are kept, as many as OpenAI's API may ask for.
 MOST_ALTERNATIVES = 20
@@ -25,6 +31,19 @@ FURTHER = (
     tf.TensorSpec([None, None], tf.int32, name="bias_ids"),
     tf.TensorSpec([None, None], tf.float32, name="bias_values"),
 )
+
+
+class _Memory(NamedTuple):
+    """What is known of the slots, `[slots, ...]`, or of one row, `[1, ...]`."""
+
+    state: DecodeState
+    settings: RowSettings
+    stops: StopStrings
+    uniform: tf.Tensor
+
+    def flat(self) -> list:
+        """The tensors in the order of the variables."""
+        return tf.nest.flatten(self._replace(settings=_without_none(self.settings)))
 
 
 class SlotDecoder(tf.Module):
@@ -45,12 +64,15 @@ class SlotDecoder(tf.Module):
         generator: The model with its tokenizer, configuration and limits.
         slots: How many rows.
         length: Most tokens of prompt and continuation in a slot. None: the model's context.
+        jit_compile: Whether XLA compiles the steps, which then change the memory where it lies.
 
     Raises:
         ValueError: If a number does not fit.
     """
 
-    def __init__(self, generator: TextGenerator, slots: int, length: int | None = None):
+    def __init__(
+        self, generator: TextGenerator, slots: int, length: int | None = None, jit_compile: bool = False
+    ):
         super().__init__()
         context = generator.model.config.context_length
         length = context if length is None else length
@@ -60,6 +82,8 @@ class SlotDecoder(tf.Module):
                 f"Received: slots={slots}, slot_length={length}"
             )
         self._plain = (generator, slots, length)  # Out of TensorFlow's object tracking.
+        self._jit_compile = jit_compile
+        self._advance = tf.function(self._decode, autograph=False, jit_compile=jit_compile)
         specs = self._trace()
         # No rows until `reset`, so that a file has none of them.
         self.memory = [
@@ -88,10 +112,10 @@ class SlotDecoder(tf.Module):
             text = tf.TensorSpec([], tf.string, name="text")
             self.encode_chat = tf.function(self._encode_chat, input_signature=[text], autograph=False)
 
-    # The memory is a flat list of variables; a row's part of it, and the whole, is this structure.
+    # The memory is a flat list of variables.
 
-    def _begin(self, token_ids: tf.Tensor, *values: tf.Tensor):
-        """A row `[1, ...]` after its first token: state, settings, stop strings, random numbers."""
+    def _begin(self, token_ids: tf.Tensor, *values: tf.Tensor) -> _Memory:
+        """A row after its first token."""
         generator, _, length = self._plain
         knobs = {spec.name: value[None] for spec, value in zip(KNOBS + FURTHER, values, strict=True)}
         stops = read_stop_strings(knobs.pop("stop"))
@@ -116,10 +140,15 @@ class SlotDecoder(tf.Module):
         )
         state = state._replace(texts=watch.start(before))
         state = watch.look(append_token(state, logits, settings, uniform), lengths)
+        state = state._replace(cache=self._laid_out(state.cache))
         padded = pad_to(stops.bytes, tf.constant(LONGEST_STOP_STRING), axis=2)
         most = tf.constant(MOST_STOP_STRINGS)
         stops = StopStrings(pad_to(padded, most, axis=1), pad_to(stops.lengths, most, axis=1))
-        return state, _without_none(settings), stops, uniform
+        return _Memory(state, settings, stops, uniform)
+
+    def _laid_out(self, cache):
+        """A cache of the model as the memory has it."""
+        return swap_cache_layout(cache) if self._jit_compile else cache
 
     def _most_alternatives(self) -> int:
         return min(MOST_ALTERNATIVES, self._plain[0].model.config.vocabulary_size)
@@ -153,8 +182,8 @@ class SlotDecoder(tf.Module):
         self._structure = (traced.structured_outputs,)
         generator, slots, length = self._plain
         specs = []
-        caches = iter(tf.nest.flatten(generator.model.make_cache(1, length)))
-        state, settings, stops, uniform = traced.structured_outputs
+        caches = iter(tf.nest.flatten(self._laid_out(generator.model.make_cache(1, length))))
+        state, _, stops, uniform = traced.structured_outputs
         shapes = {
             id(state.sequences): [length],
             id(state.log_probabilities.chosen): [length],
@@ -165,31 +194,36 @@ class SlotDecoder(tf.Module):
             id(uniform): [length],
             **{id(part): list(next(caches).shape[1:]) for part in tf.nest.flatten(state.cache)},
         }
-        for tensor in tf.nest.flatten(traced.structured_outputs):
+        for tensor in traced.structured_outputs.flat():
             shape = shapes.get(id(tensor), list(tensor.shape[1:]))
             specs.append(tf.TensorSpec([slots, *shape], tensor.dtype))
         return specs
 
-    def _read(self):
-        generator, slots, _ = self._plain
+    def _read(self) -> _Memory:
+        slots = self._plain[1]
         ready = rule(
             tf.shape(self.memory[0])[0] == slots, "The slots must be made by `reset` before they are used."
         )
         with tf.control_dependencies([ready]):
             return self._packed([variable.read_value() for variable in self.memory])
 
-    def _packed(self, values: list[tf.Tensor]):
-        state, settings, stops, uniform = tf.nest.pack_sequence_as(self._structure[0], values)
-        return state, RowSettings(**settings), stops, uniform
+    def _packed(self, values: list[tf.Tensor | None]) -> _Memory:
+        whole = self._structure[0]
+        whole = whole._replace(settings=_without_none(whole.settings))
+        memory = tf.nest.pack_sequence_as(whole, values)
+        return memory._replace(settings=RowSettings(**memory.settings))
 
     def _specs(self) -> list[list[int]]:
         slots = self._plain[1]
         return [[slots, *variable.shape[1:]] for variable in self.memory]
 
-    def _write(self, state, settings, stops, uniform) -> None:
-        values = tf.nest.flatten((state, _without_none(settings), stops, uniform))
-        for variable, value in zip(self.memory, values, strict=True):
-            variable.assign(value)
+    def _write(self, memory: _Memory, before: _Memory | None = None) -> None:
+        """Writes the memory, but what is the very tensor that was there before."""
+        values = memory.flat()
+        known = [None] * len(values) if before is None else before.flat()
+        for variable, value, old in zip(self.memory, values, known, strict=True):
+            if before is None or value is not old:
+                variable.assign(value)
 
     # The functions
 
@@ -199,11 +233,11 @@ class SlotDecoder(tf.Module):
             tf.fill(shape, "") if variable.dtype == tf.string else tf.zeros(shape, variable.dtype)
             for variable, shape in zip(self.memory, self._specs(), strict=True)
         ]
-        state, *rest = self._packed(empty)
-        ones = tf.ones_like(state.lengths)  # Each row has a token, for it is computed along.
-        state = state._replace(lengths=ones, prompt_lengths=ones)
-        self._write(state, *rest)
-        return self._report(state, *rest[:2])
+        memory = self._packed(empty)
+        ones = tf.ones_like(memory.state.lengths)  # Each row has a token, for it is computed along.
+        memory = memory._replace(state=memory.state._replace(lengths=ones, prompt_lengths=ones))
+        self._write(memory)
+        return self._report(memory)
 
     def _insert(
         self,
@@ -226,7 +260,7 @@ class SlotDecoder(tf.Module):
         """Reads a prompt into a slot that is free or has ended, and makes its first token."""
         generator, slots, length = self._plain
         token_ids = tf.ensure_shape(token_ids, [None])
-        state = self._read()[0]
+        state = self._read().state
         vocabulary = generator.model.config.vocabulary_size
         count, most = tf.size(token_ids), max_new_tokens
         rules = [
@@ -253,39 +287,58 @@ class SlotDecoder(tf.Module):
             further = (presence_penalty, frequency_penalty, min_new_tokens, bias_ids, bias_values)
             row = self._begin(token_ids, max_new_tokens, *drawing, seed, stop, *further)
         updates = []
-        for variable, value in zip(self.memory, tf.nest.flatten(row), strict=True):
+        for variable, value in zip(self.memory, row.flat(), strict=True):
             updates.append(variable.scatter_update(tf.IndexedSlices(value, slot[None])))
         with tf.control_dependencies(updates):
-            state, settings, stops, _ = self._read()
-        return self._report(state, settings, stops)
+            return self._report(self._read())
 
     def _step(self, steps: tf.Tensor) -> dict[str, tf.Tensor]:
         """Makes at most so many tokens for each active slot."""
-        generator = self._plain[0]
         steps = after([rule(steps >= 1, "`steps` must be at least 1. Received: {}.", steps)], steps)
-        state, settings, stops, uniform = self._read()
-        watch = StopWatch(generator.tokenizer.decoder, _trimmed(stops), always=True)
-        state = decode(generator.model, state, settings, uniform, steps, None, watch.look)
-        self._write(state, settings, stops, uniform)
-        return self._report(state, settings, stops)
+        before = self._read().state.lengths
+        with tf.control_dependencies([before]):
+            made = self._advance(steps)
+        with tf.control_dependencies([made]):
+            memory = self._read()
+        texts, state = look_back(self._watch(memory.stops), memory.state.texts, memory.state, before)
+        memory, known = memory._replace(state=state._replace(texts=texts)), memory
+        self._write(memory, known)
+        return self._report(memory)
+
+    def _decode(self, steps: tf.Tensor) -> tf.Tensor:
+        """Makes the tokens, without a look at the texts, of which XLA knows nothing; returns how many."""
+        values = [None if part.dtype == tf.string else part.read_value() for part in self.memory]
+        memory = self._packed(values)
+        state = memory.state
+        with traced_for_xla() if self._jit_compile else contextlib.nullcontext():
+            made = decode(
+                self._plain[0].model, state._replace(texts=()), memory.settings, memory.uniform, steps
+            )
+        self._write(memory._replace(state=made._replace(texts=state.texts)), memory)
+        return tf.reduce_sum(made.lengths - state.lengths)
+
+    def _watch(self, stops: StopStrings) -> StopWatch:
+        return StopWatch(self._plain[0].tokenizer.decoder, _trimmed(stops), always=True)
 
     def _free(self, slot: tf.Tensor) -> dict[str, tf.Tensor]:
         """Ends a slot before its time, or forgets what it holds."""
         slot = after([self._check_slot(slot)], slot)
-        state, settings, stops, uniform = self._read()
+        known = self._read()
+        state, settings = known.state, known.settings
         is_freed = tf.range(self._plain[1]) == slot
         state = state._replace(
             active=state.active & ~is_freed,
             lengths=tf.where(is_freed, state.prompt_lengths, state.lengths),
         )
         settings = settings._replace(max_new_tokens=tf.where(is_freed, 0, settings.max_new_tokens))
-        self._write(state, settings, stops, uniform)
-        return self._report(state, settings, stops)
+        memory = known._replace(state=state, settings=settings)
+        self._write(memory, known)
+        return self._report(memory)
 
     def _alternatives(self, slot: tf.Tensor) -> dict[str, tf.Tensor]:
         """The likeliest tokens of each place of a slot's new text, `[new tokens, alternatives]`."""
         slot = after([self._check_slot(slot)], slot)
-        state = self._read()[0]
+        state = self._read().state
         begin, end = state.prompt_lengths[slot], state.lengths[slot]
         kept = state.log_probabilities
         return {"token_ids": kept.top_ids[slot, begin:end], "logprobs": kept.top[slot, begin:end]}
@@ -318,14 +371,11 @@ class SlotDecoder(tf.Module):
         last = self._plain[1] - 1
         return rule((slot >= 0) & (slot <= last), f"`slot` must be from 0 to {last}. Received: {{}}.", slot)
 
-    def _report(
-        self, state: DecodeState, settings: RowSettings, stops: StopStrings
-    ) -> dict[str, tf.Tensor]:
-        generator = self._plain[0]
-        watch = StopWatch(generator.tokenizer.decoder, _trimmed(stops), always=True)
+    def _report(self, memory: _Memory) -> dict[str, tf.Tensor]:
+        state, settings = memory.state, memory.settings
         counts = state.lengths - state.prompt_lengths
         has_ended = ~state.active & (settings.max_new_tokens > 0)  # 0: the slot is free
-        rows = watch.finish(state)
+        rows = self._watch(memory.stops).finish(state)
         columns = tf.range(tf.reduce_max(counts))[None]
         places = tf.minimum(state.prompt_lengths[:, None] + columns, tf.shape(state.sequences)[1] - 1)
         is_new = columns < counts[:, None]

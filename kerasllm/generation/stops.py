@@ -103,13 +103,16 @@ class StopWatch:
         decoder: The tokenizer's.
         stops: The stop strings.
         always: Whether the texts are read where no row has a stop string, too.
+
+    Attributes:
+        is_needed: Boolean `[]`: whether the texts are read.
     """
 
     def __init__(self, decoder: Decoder, stops: StopStrings, always: bool = False):
         self._decoder = decoder
         self._stops = stops
         longest = tf.reduce_max(tf.pad(stops.lengths, [[0, 0], [0, 1]]))
-        self._is_needed = tf.constant(True) if always else longest > 0
+        self.is_needed = tf.constant(True) if always else longest > 0
         self._longest = tf.maximum(longest, 1)
 
     def start(self, before: tf.RaggedTensor) -> RowTexts:
@@ -142,7 +145,7 @@ class StopWatch:
             rows = self._extend(state.texts._replace(stream=stream), texts)
             return rows, state.active & (rows.end < 0)
 
-        texts, active = tf.cond(self._is_needed, read, lambda: (state.texts, state.active))
+        texts, active = tf.cond(self.is_needed, read, lambda: (state.texts, state.active))
         return state._replace(texts=texts, active=active)
 
     def finish(self, state: DecodeState) -> RowTexts:
@@ -159,7 +162,7 @@ class StopWatch:
             last = tf.where(state.texts.end < 0, self._decoder.end_stream(state.texts.stream), "")
             return self._extend(state.texts, last)
 
-        return tf.cond(self._is_needed, read, lambda: state.texts)
+        return tf.cond(self.is_needed, read, lambda: state.texts)
 
     def _extend(self, rows: RowTexts, new: tf.Tensor) -> RowTexts:
         """Adds to the texts and looks for stop strings where one may have become complete."""

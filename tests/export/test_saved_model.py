@@ -20,6 +20,7 @@ from reference.saved_models import (
     check_signatures,
     inputs,
     random_requests,
+    read_graph,
 )
 from tensorflow.core.protobuf import saved_model_pb2
 
@@ -54,9 +55,14 @@ def test_generate_equals_the_live_model(loaded, causal_lm, settings):
     check_rows(loaded.signatures["generate"](**inputs(**settings)), live)
 
 
-def test_stop_strings_end_rows_as_in_python(random_loaded, random_lm):
+@pytest.fixture(params=["random_loaded", "compiled_loaded"])
+def random_generate(request):
+    """The signature `generate` of `random_lm`, plain and compiled by XLA."""
+    return request.getfixturevalue(request.param).signatures["generate"]
+
+
+def test_stop_strings_end_rows_as_in_python(random_generate, random_lm):
     """Stop strings over several tokens, within one, of which one ends another, and of half characters."""
-    generate = random_loaded.signatures["generate"]
     drawn = {"temperature": 1.4, "seed": 5}
     texts = random_lm.generate(PROMPTS, 24, **drawn)
     reasons = set()
@@ -68,7 +74,7 @@ def test_stop_strings_end_rows_as_in_python(random_loaded, random_lm):
         ["e", "\u00e9"],
     ):
         live = random_lm.generate_tokens(PROMPTS, 24, logprobs=0, stop_strings=stops, **drawn)
-        check_rows(generate(**inputs(stop=stops, max_new_tokens=24, **drawn)), live)
+        check_rows(random_generate(**inputs(stop=stops, max_new_tokens=24, **drawn)), live)
         reasons |= {row.finish_reason for row in live}
     assert reasons == {"stop", "length"}
 
@@ -248,9 +254,9 @@ def as_feeds(requests):
 
 
 @pytest.mark.parametrize("count", [24, pytest.param(1000, marks=pytest.mark.slow)])
-def test_rows_do_not_depend_on_their_neighbours(random_loaded, count):
+def test_rows_do_not_depend_on_their_neighbours(random_generate, count):
     """Requests in random batches; each row equals the same request alone."""
-    generate = random_loaded.signatures["generate"]
+    generate = random_generate
     requests = list(random_requests(count, seed=count))
     rng = random.Random(1)
     while requests:
@@ -391,3 +397,17 @@ def test_interrupted_export_leaves_no_version_folder(causal_lm, tmp_path):
     assert names and not any(name.isdecimal() for name in names)
     with_tokenizer = causal_lm.export(tmp_path / "served" / "1")
     assert (with_tokenizer / "saved_model.pb").is_file()
+
+
+def test_what_xla_compiles(random_served, compiled_loaded):
+    """Nothing in a stock folder; the loops of the signatures and of the slots where it was asked for."""
+
+    def compiled(graph_def):
+        functions = graph_def.library.function
+        return {f.signature.name for f in functions if f.attr["_XlaMustCompile"].b}
+
+    assert not compiled(read_graph(random_served / "1").graph_def)
+    generate = compiled_loaded.signatures["generate"]
+    assert len(compiled(generate.graph.as_graph_def())) == 1
+    step = compiled_loaded.slots.step.concrete_functions[0]
+    assert len(compiled(step.graph.as_graph_def())) == 1

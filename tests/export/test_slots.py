@@ -37,9 +37,10 @@ def live_row(task, request):
 SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
+@pytest.mark.parametrize("fixture", ["random_loaded", "compiled_loaded"])
 @pytest.mark.parametrize("count", [12, pytest.param(200, marks=SLOW)])
-def test_random_joins_and_leaves(random_loaded, random_lm, count):
-    slots = random_loaded.slots
+def test_random_joins_and_leaves(request, fixture, random_lm, count):
+    slots = request.getfixturevalue(fixture).slots
     with pytest.raises(tf.errors.InvalidArgumentError, match="must be made by `reset`"):
         slots.step(steps=tf.constant(1))
     report = slots.reset()

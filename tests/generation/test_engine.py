@@ -8,7 +8,7 @@ from reference.weights import randomize
 
 from kerasllm import GenerationConfig
 from kerasllm.generation import Engine, Row
-from kerasllm.generation.engine import bucket
+from kerasllm.generation.padding import bucket
 from kerasllm.generation.sampling import uniform_numbers
 from kerasllm.models import Llama, LlamaConfig
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 from reference.weights import randomize
 
 from kerasllm import GenerationConfig
-from kerasllm.generation import Engine
+from kerasllm.generation import AnswerGenerator, Engine, batch_settings
 from kerasllm.models import T5, T5Config
 from kerasllm.tasks import Seq2SeqLM
 
@@ -112,6 +112,21 @@ def test_compiled_by_xla(model, num_beams):
     compiled._engine = Engine(model.model, jit_compile=True)
     found = compiled.generate_tokens(prompts, 10, num_beams=num_beams, eos_token_id=model.tokenizer.eos_id)
     assert [row.token_ids for row in found] == [row.token_ids for row in wanted]
+
+
+def test_a_graph_compiled_by_xla(model):
+    sources = tf.ragged.constant([[5, 6, 7, 8], [9, 3], [4] * 40])
+    found = []
+    for jit_compile in (False, True):
+        generator = AnswerGenerator(model.model, model.tokenizer, jit_compile=jit_compile)
+        knobs = batch_settings(GenerationConfig(max_new_tokens=10, temperature=1.5, seed=2), 3)
+        found.append(generator.continue_ids(sources, **knobs))
+    assert len(set(found[0]["token_ids"].numpy().ravel())) > 5
+    for name, value in found[0].items():
+        if value.dtype == tf.float32:
+            np.testing.assert_allclose(found[1][name], value, atol=1e-4)
+        else:
+            np.testing.assert_array_equal(found[1][name], value)
 
 
 def test_bad_pairs_and_lengths(model):
