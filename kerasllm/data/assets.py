@@ -13,6 +13,8 @@ ASSETS = {
     "smollm2": "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "minilm": "minilm",
     "botchan": "botchan/botchan.txt",
+    "schemas": "schemas",
+    "kserve": "kserve/fields.json",
 }
 
 

@@ -10,6 +10,7 @@ import yaml
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
+from kerasllm.data.assets import asset_path
 from kerasllm.export.deployment import deployment_files, find_models, write_deployment
 
 FOLDER = pathlib.Path(__file__).parents[2] / "serving" / "tf_serving"
@@ -125,6 +126,47 @@ def test_kserve(files):
         assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", document["metadata"]["name"])
         model = document["spec"]["predictor"]["model"]
         assert model["modelFormat"] == {"name": "tensorflow"} and model["storageUri"].endswith(name)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    ("name", "schema"), [("compose.yaml", "compose-spec.json"), ("prometheus.yaml", "prometheus.json")]
+)
+def test_published_schemas(files, name, schema):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((asset_path("schemas") / schema).read_text(encoding="utf-8"))
+    validator = jsonschema.Draft201909Validator(schema)
+    content = yaml.safe_load(files[name])
+    validator.validate(content)
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate({**content, "no_such_key": 1})
+
+
+@pytest.mark.reference
+def test_published_fields(files):
+    """Names and types are those of KServe's own client."""
+    classes = json.loads(asset_path("kserve").read_text(encoding="utf-8"))
+    plain = {"str": str, "int": int, "bool": bool}
+    checked = []
+
+    def check(value, kind, place):
+        checked.append(place)
+        if kind in classes:
+            for key, part in value.items():
+                assert key in classes[kind], f"{place}.{key}"
+                check(part, classes[kind][key], f"{place}.{key}")
+        elif kind in plain:
+            assert type(value) is plain[kind], place
+        else:  # Kubernetes' own
+            assert kind in ("V1ObjectMeta", "V1ResourceRequirements"), place
+
+    for document in yaml.safe_load_all(files["kserve.yaml"]):
+        check(document, "V1beta1InferenceService", "")
+        assert {".metadata", ".spec.predictor.minReplicas"} <= set(checked)
+        assert ".spec.predictor.model.modelFormat.name" in checked
+        document["spec"]["predictor"]["replicas"] = 1
+        with pytest.raises(AssertionError, match=r"^\.spec\.predictor\.replicas"):
+            check(document, "V1beta1InferenceService", "")
 
 
 def test_dashboard(files):
