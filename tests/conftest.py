@@ -60,8 +60,8 @@ def random_lm(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def random_served(random_lm, tmp_path_factory):
-    """`random_lm` as a SavedModel that has everything: a chat template, and slots."""
+def chat_lm(random_lm):
+    """`random_lm` with a chat template."""
     from kerasllm import CausalLM, Tokenizer
 
     template = (  # a short one, for the context is
@@ -70,8 +70,14 @@ def random_served(random_lm, tmp_path_factory):
     )
     settings = {"chat_template": template, "eos_token": random_lm.tokenizer.eos_token}
     tokenizer = Tokenizer.from_json(random_lm.tokenizer.to_json(), settings=settings)
+    return CausalLM(random_lm.model, tokenizer, random_lm.generation_config)
+
+
+@pytest.fixture(scope="session")
+def random_served(chat_lm, tmp_path_factory):
+    """`random_lm` as a SavedModel that has everything: a chat template, and slots."""
     base = tmp_path_factory.mktemp("served") / "random"
-    CausalLM(random_lm.model, tokenizer, random_lm.generation_config).export(base / "1", slots=3)
+    chat_lm.export(base / "1", slots=3)
     return base
 
 
@@ -83,12 +89,18 @@ def random_loaded(random_served):
 
 
 @pytest.fixture(scope="session")
-def compiled_loaded(random_lm, tmp_path_factory):
+def compiled_served(random_lm, tmp_path_factory):
     """`random_lm` as a SavedModel whose decoding XLA compiles, that of the slots too."""
+    base = tmp_path_factory.mktemp("served") / "compiled"
+    random_lm.export(base / "1", slots=3, jit_compile=True)
+    return base
+
+
+@pytest.fixture(scope="session")
+def compiled_loaded(compiled_served):
     import tensorflow as tf
 
-    path = tmp_path_factory.mktemp("served") / "compiled" / "1"
-    return tf.saved_model.load(str(random_lm.export(path, slots=3, jit_compile=True)))
+    return tf.saved_model.load(str(compiled_served / "1"))
 
 
 @pytest.fixture(scope="session")

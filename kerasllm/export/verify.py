@@ -19,8 +19,6 @@ from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
 TOLERANCE = 1e-5
-# Sums over whole texts of numbers that each may be off by so much.
-_SUM_TOLERANCE = 1e-4
 # Numbers of 8 bits, in which each operation of another order rounds.
 _HALF_TOLERANCE = 0.05
 _NEW_TOKENS = 8
@@ -283,9 +281,7 @@ class _Questions:
         self.new_tokens = min(_NEW_TOKENS, limits.get("max_new_tokens") or _NEW_TOKENS)
         self.longest = min(limits.get("max_prompt_tokens") or self.context, self.context)
         self.prompts = self._that_fit(PROMPTS, self.longest - self.new_tokens - 4)
-        self.tolerance, self.sum_tolerance = TOLERANCE, _SUM_TOLERANCE
-        if task.model.compute_dtype != "float32":
-            self.tolerance = self.sum_tolerance = _HALF_TOLERANCE
+        self.tolerance = TOLERANCE if task.model.compute_dtype == "float32" else _HALF_TOLERANCE
         self.questions: list[_Question] = []
 
     def _that_fit(self, texts: Sequence[str], most: int) -> list[str]:
@@ -382,8 +378,8 @@ class _Questions:
                 if isinstance(expected, str):
                     return f"of {row!r} {expected}"
                 found = outputs["logprobs"][number, : len(ids)]
-                problem = _far(found, expected, self.sum_tolerance)
-                problem = problem or _far(outputs["logprob"][number], expected.sum(), self.sum_tolerance)
+                problem = _far(found, expected, self.tolerance)
+                problem = problem or _far(outputs["logprob"][number], expected.sum(), self.tolerance)
                 if problem:
                     return f"of {row!r} {problem}"
             return ""
@@ -423,7 +419,7 @@ class _Questions:
                 signature,
                 row,
                 lambda outputs, _, sequence=sequence: _far(
-                    _log_softmax(outputs["logits"][0]), _log_softmax(live(sequence)), self.sum_tolerance
+                    _log_softmax(outputs["logits"][0]), _log_softmax(live(sequence)), self.tolerance
                 ),
             )
 

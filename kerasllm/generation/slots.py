@@ -1,9 +1,11 @@
 """Continuous batching: rows that come and go, on variables inside of the module."""
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import tensorflow as tf
+from keras import ops
 
 from kerasllm.generation.checks import after, rule
 from kerasllm.generation.compiled import look_back
@@ -83,7 +85,17 @@ class SlotDecoder(tf.Module):
             )
         self._plain = (generator, slots, length)  # Out of TensorFlow's object tracking.
         self._jit_compile = jit_compile
-        self._advance = tf.function(self._decode, autograph=False, jit_compile=jit_compile)
+        # XLA compiles for each of these numbers of rows; the first slots are to be filled first.
+        sizes = [size for size in (1, 4, 16, 64) if size < slots] if jit_compile else []
+        self._advance = [
+            (
+                size,
+                tf.function(
+                    functools.partial(self._decode, size), autograph=False, jit_compile=jit_compile
+                ),
+            )
+            for size in (*sizes, slots)
+        ]
         specs = self._trace()
         # No rows until `reset`, so that a file has none of them.
         self.memory = [
@@ -295,9 +307,15 @@ class SlotDecoder(tf.Module):
     def _step(self, steps: tf.Tensor) -> dict[str, tf.Tensor]:
         """Makes at most so many tokens for each active slot."""
         steps = after([rule(steps >= 1, "`steps` must be at least 1. Received: {}.", steps)], steps)
-        before = self._read().state.lengths
+        state = self._read().state
+        before = state.lengths
+        used = tf.reduce_max(tf.where(state.active, tf.range(tf.size(before)) + 1, 0))
+        sizes, functions = zip(*self._advance, strict=True)
         with tf.control_dependencies([before]):
-            made = self._advance(steps)
+            made = tf.switch_case(
+                tf.reduce_sum(tf.cast(tf.constant(sizes) < used, tf.int32)),
+                [functools.partial(function, steps) for function in functions],
+            )
         with tf.control_dependencies([made]):
             memory = self._read()
         texts, state = look_back(self._watch(memory.stops), memory.state.texts, memory.state, before)
@@ -305,16 +323,28 @@ class SlotDecoder(tf.Module):
         self._write(memory, known)
         return self._report(memory)
 
-    def _decode(self, steps: tf.Tensor) -> tf.Tensor:
-        """Makes the tokens, without a look at the texts, of which XLA knows nothing; returns how many."""
-        values = [None if part.dtype == tf.string else part.read_value() for part in self.memory]
-        memory = self._packed(values)
-        state = memory.state
+    def _decode(self, size: int, steps: tf.Tensor) -> tf.Tensor:
+        """Makes tokens in the first slots, without a look at the texts, of which XLA knows nothing.
+
+        Args:
+            size: How many slots.
+            steps: Most tokens for each.
+
+        Returns:
+            Int32 `[]`, how many were made.
+        """
+        whole = [None if part.dtype == tf.string else part.read_value() for part in self.memory]
+        memory = self._packed([None if part is None else part[:size] for part in whole])
+        state, slots = memory.state, self._plain[1]
         with traced_for_xla() if self._jit_compile else contextlib.nullcontext():
             made = decode(
                 self._plain[0].model, state._replace(texts=()), memory.settings, memory.uniform, steps
             )
-        self._write(memory._replace(state=made._replace(texts=state.texts)), memory)
+        new = memory._replace(state=made._replace(texts=state.texts)).flat()
+        for variable, value, old, all_rows in zip(self.memory, new, memory.flat(), whole, strict=True):
+            if value is not old:
+                start = [0] * len(value.shape)
+                variable.assign(value if size == slots else ops.slice_update(all_rows, start, value))
         return tf.reduce_sum(made.lengths - state.lengths)
 
     def _watch(self, stops: StopStrings) -> StopWatch:

@@ -399,6 +399,21 @@ def test_interrupted_export_leaves_no_version_folder(causal_lm, tmp_path):
     assert (with_tokenizer / "saved_model.pb").is_file()
 
 
+def test_xla_compiles_in_a_session(compiled_served, random_lm):
+    """As TensorFlow Serving runs it; stop strings, drawn tokens, three rows."""
+    settings = {"temperature": 1.2, "top_k": 30, "top_p": 0.9, "seed": 5}
+    feeds = inputs(stop=["e"], max_new_tokens=24, **settings)
+    with tf.compat.v1.Session(graph=tf.Graph()) as session:
+        loader = tf.compat.v1.saved_model.loader
+        signature = loader.load(session, ["serve"], str(compiled_served / "1")).signature_def["generate"]
+        outputs = session.run(
+            {name: info.name for name, info in signature.outputs.items()},
+            {signature.inputs[name].name: value.numpy() for name, value in feeds.items()},
+        )
+    live = random_lm.generate_tokens(PROMPTS, 24, logprobs=0, stop_strings=["e"], **settings)
+    check_rows({name: tf.constant(value) for name, value in outputs.items()}, live)
+
+
 def test_what_xla_compiles(random_served, compiled_loaded):
     """Nothing in a stock folder; the loops of the signatures and of the slots where it was asked for."""
 
@@ -410,4 +425,4 @@ def test_what_xla_compiles(random_served, compiled_loaded):
     generate = compiled_loaded.signatures["generate"]
     assert len(compiled(generate.graph.as_graph_def())) == 1
     step = compiled_loaded.slots.step.concrete_functions[0]
-    assert len(compiled(step.graph.as_graph_def())) == 1
+    assert len(compiled(step.graph.as_graph_def())) == 2  # for one row, and for all three

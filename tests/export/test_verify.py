@@ -11,6 +11,7 @@ from kerasllm import (
     T5,
     Bert,
     BertConfig,
+    CausalLM,
     GenerationConfig,
     MaskedLM,
     Seq2SeqLM,
@@ -68,6 +69,27 @@ def test_other_weights_are_found(served, random_lm, ask_once):
         "scores",
         "logits",
     }
+
+
+def test_another_chat_template_is_found(random_served, chat_lm):
+    """And the exported one is as good as the live one."""
+    signatures = verify.read_signatures(random_served / "1")
+    template = chat_lm.tokenizer.chat_template.replace(" | trim", "")
+    settings = {"chat_template": template, "eos_token": chat_lm.tokenizer.eos_token}
+    tokenizer = Tokenizer.from_json(chat_lm.tokenizer.to_json(), settings=settings)
+    other = CausalLM(chat_lm.model, tokenizer, chat_lm.generation_config)
+    asked = [
+        [q for q in verify._Questions(task, signatures, {}).collect() if q.signature == "chat"]
+        for task in (chat_lm, other)
+    ]
+    answers = [
+        {name: verify._from_json(value) for name, value in answer.items()}
+        for answer in verify._ask(random_served / "1", asked[0])
+    ]
+    for questions, is_equal in zip(asked, (True, False), strict=True):
+        assert sum(len(question.inputs["roles"]) for question in questions) == 5
+        found = [q.compare(answer) for q, answer in zip(questions, answers, strict=True)]
+        assert (not any(found)) == is_equal, found
 
 
 def test_another_tokenizer_is_found(served, causal_lm, stories, monkeypatch):
