@@ -14,11 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import tensorflow as tf
-from tensorflow.core.framework import function_pb2
-from tensorflow.core.protobuf import saved_model_pb2
 
 from kerasllm.export.batching import Batching
 from kerasllm.export.extra import MANIFEST, write_extra
+from kerasllm.export.graph import finish_graph
 from kerasllm.export.signatures import CLASSIFY
 from kerasllm.files import new_folder, write_json
 from kerasllm.generation import (
@@ -378,7 +377,7 @@ def _write(
             # The gradients of functions that have their own would be saved too; nobody takes them here.
             options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
             tf.saved_model.save(module, str(folder), signatures=functions, options=options)
-        _finish_graph(folder, methods or {})
+        finish_graph(folder, methods or {})
         extra = folder / "assets.extra"
         module.tokenizer.save(extra)
         for name, content in {**(files or {}), MANIFEST: manifest}.items():
@@ -400,37 +399,3 @@ def _count_bytes(model: LanguageModel) -> dict[str, int]:
     for variable in model.variables:
         sizes[variable.dtype] += variable.value.dtype.size * variable.value.shape.num_elements()
     return dict(sizes)
-
-
-def _finish_graph(folder: pathlib.Path, methods: Mapping[str, str]) -> None:
-    """Puts into the graph what TensorFlow does not write: methods of signatures, and loops for XLA."""
-    file = folder / "saved_model.pb"
-    saved_model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
-    for meta_graph in saved_model.meta_graphs:
-        for name, method in methods.items():
-            meta_graph.signature_def[name].method_name = method
-        _keep_loops_for_xla({f.signature.name: f for f in meta_graph.graph_def.library.function})
-    file.write_bytes(saved_model.SerializeToString(deterministic=True))
-    (folder / "fingerprint.pb").unlink(missing_ok=True)  # of the file as it was
-
-
-def _keep_loops_for_xla(functions: Mapping[str, function_pb2.FunctionDef]) -> None:
-    """Leaves loops and branches as they are in all that XLA compiles.
-
-    A session turns them into nodes that XLA does not know, in functions that a compiled one calls, too.
-    """
-    # To read a key of such a map that is not there would make it.
-    compiled = "_XlaMustCompile"
-    waiting = [name for name, f in functions.items() if compiled in f.attr and f.attr[compiled].b]
-    seen = set()
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for node in functions[name].node_def:
-            if "_lower_using_switch_merge" in node.attr:
-                node.attr["_lower_using_switch_merge"].b = False
-            called = [value.func.name for value in node.attr.values() if value.HasField("func")]
-            called += [part.name for value in node.attr.values() for part in value.list.func]
-            waiting += [other for other in called if other in functions]

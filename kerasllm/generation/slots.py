@@ -85,17 +85,6 @@ class SlotDecoder(tf.Module):
             )
         self._plain = (generator, slots, length)  # Out of TensorFlow's object tracking.
         self._jit_compile = jit_compile
-        # XLA compiles for each of these numbers of rows; the first slots are to be filled first.
-        sizes = [size for size in (1, 4, 16, 64) if size < slots] if jit_compile else []
-        self._advance = [
-            (
-                size,
-                tf.function(
-                    functools.partial(self._decode, size), autograph=False, jit_compile=jit_compile
-                ),
-            )
-            for size in (*sizes, slots)
-        ]
         specs = self._trace()
         # No rows until `reset`, so that a file has none of them.
         self.memory = [
@@ -310,18 +299,26 @@ class SlotDecoder(tf.Module):
         state = self._read().state
         before = state.lengths
         used = tf.reduce_max(tf.where(state.active, tf.range(tf.size(before)) + 1, 0))
-        sizes, functions = zip(*self._advance, strict=True)
         with tf.control_dependencies([before]):
-            made = tf.switch_case(
-                tf.reduce_sum(tf.cast(tf.constant(sizes) < used, tf.int32)),
-                [functools.partial(function, steps) for function in functions],
-            )
+            made = self._advance(used, steps)
         with tf.control_dependencies([made]):
             memory = self._read()
         texts, state = look_back(self._watch(memory.stops), memory.state.texts, memory.state, before)
         memory, known = memory._replace(state=state._replace(texts=texts)), memory
         self._write(memory, known)
         return self._report(memory)
+
+    def _advance(self, used: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+        """Makes tokens in so many first slots, or in some more: XLA compiles for a few numbers only."""
+        slots = self._plain[1]
+        sizes = [size for size in (1, 8, 64) if size < slots] if self._jit_compile else []
+        sizes.append(slots)
+        functions = [
+            tf.function(decode, autograph=False, jit_compile=self._jit_compile)
+            for decode in (functools.partial(self._decode, size) for size in sizes)
+        ]
+        number = tf.reduce_sum(tf.cast(tf.constant(sizes) < used, tf.int32))
+        return tf.switch_case(number, [functools.partial(function, steps) for function in functions])
 
     def _decode(self, size: int, steps: tf.Tensor) -> tf.Tensor:
         """Makes tokens in the first slots, without a look at the texts, of which XLA knows nothing.
