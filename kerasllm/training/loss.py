@@ -189,12 +189,14 @@ def _split_tokens(hidden, labels, weights, vocabulary_size):
     hidden = ops.reshape(hidden, (-1, hidden.shape[-1]))
     labels, weights = ops.reshape(labels, (-1,)), ops.reshape(weights, (-1,))
     tokens = ops.shape(hidden)[0]
-    chunk = max(64, _CHUNK_LOGITS // vocabulary_size)
-    if isinstance(tokens, int):  # as even chunks as can be
-        chunks = max(1, math.ceil(tokens / chunk))
+    limit = max(64, _CHUNK_LOGITS // vocabulary_size)
+    # As even chunks as can be, for what fills the last one up is computed too.
+    if isinstance(tokens, int):
+        chunks = max(1, math.ceil(tokens / limit))
         chunk = math.ceil(tokens / chunks)
     else:
-        chunks = tf.maximum(1, (tokens + chunk - 1) // chunk)
+        chunks = tf.maximum(1, (tokens + limit - 1) // limit)
+        chunk = (tokens + chunks - 1) // chunks
     missing = chunks * chunk - tokens
 
     def split(values):  # tokens of no weight fill the last chunk

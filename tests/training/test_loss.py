@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 
 from kerasllm.training import loss, next_token_loss
-from kerasllm.training.loss import chunked_token_loss, token_sums
+from kerasllm.training.loss import chunked_token_loss, chunked_token_sums, token_sums
 
 
 def test_matches_numpy():
@@ -76,3 +76,23 @@ def test_chunks_equal_the_whole(monkeypatch, compiled, known_shape, tokens):
     ):
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-14)
     assert to_variables[0] is None
+
+
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_few_tokens_are_not_filled_up_to_a_whole_chunk(monkeypatch, tokens):
+    """Also where their number is not known before: what fills a chunk up costs as much as tokens do."""
+    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 64 * 11)
+    table, scored = tf.Variable(tf.ones([4, 11])), tf.Variable(0)
+
+    def score(hidden):
+        scored.assign_add(tf.shape(hidden)[0])
+        return tf.matmul(hidden, table)
+
+    @tf.function(input_signature=[tf.TensorSpec([1, None, 4]), tf.TensorSpec([1, None], tf.int32)])
+    def both(hidden, labels):
+        weights = tf.ones_like(labels, tf.float32)
+        chunked_token_loss(hidden, labels, weights, score, [table], 1.0, 11)
+        return chunked_token_sums(hidden, labels, weights, score, 11).weight
+
+    assert both(np.ones([1, tokens, 4], "float32"), np.zeros([1, tokens], "int32")) == tokens
+    assert 2 * tokens <= scored.numpy() < 2 * (tokens + 4)  # 200 are four chunks of at most 64
