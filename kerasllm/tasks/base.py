@@ -1,5 +1,6 @@
 """What every task has: a model, its tokenizer, and the ways in and out of files."""
 
+import gc
 import os
 import pathlib
 import zipfile
@@ -187,10 +188,16 @@ class Task(keras.Model):
         for target, source in zip(copy.model.variables, self.model.variables, strict=True):
             target.assign(source)
         if dtype == "int8":
-            copy.model.quantize(
-                config=keras.quantizers.Int8QuantizationConfig(activation_quantizer=None),
-                filters=lambda layer: isinstance(layer, (keras.layers.Dense, TokenEmbedding)),
-            )
+            # Keras collects garbage after each matrix, and each time looks at all objects that there are,
+            # which takes much longer than the rest. Here it looks at those only that are made meanwhile.
+            gc.freeze()
+            try:
+                copy.model.quantize(
+                    config=keras.quantizers.Int8QuantizationConfig(activation_quantizer=None),
+                    filters=lambda layer: isinstance(layer, (keras.layers.Dense, TokenEmbedding)),
+                )
+            finally:
+                gc.unfreeze()
         return copy
 
     def export(self, path: str | os.PathLike, *, dtype: str | None = None, **kwargs: Any) -> pathlib.Path:
