@@ -1,11 +1,26 @@
-"""Fixtures that several rooms use: a tiny trained model with its tokenizer."""
+"""What makes the tests quick, and fixtures of several rooms: a tiny trained model with its tokenizer."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import pytest
+import tensorflow as tf
+
+# Tracing makes many objects that stay, and little garbage.
+gc.set_threshold(50_000, 10, 10)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Graphs that run a few times are not worth Grappler's work, except where it is what a test is about.
+
+    Processes that tests start, the server above all, have it as users do.
+    """
+    is_wanted = any(item.get_closest_marker(name) for name in ("grappler", "slow"))
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not is_wanted})
 
 
 @pytest.fixture(scope="session")
