@@ -1,3 +1,4 @@
+import os
 import pathlib
 import subprocess
 import sys
@@ -46,12 +47,15 @@ def test_folder_never_overwrites(tmp_path):
 def test_a_killed_export_leaves_no_version_folder(tmp_path):
     code = (
         "import os, signal, sys\n"
-        "from kerasllm.files import new_folder\n"
+        "from files import new_folder\n"
         "with new_folder(sys.argv[1]) as folder:\n"
         "    (folder / 'saved_model.pb').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "1")], check=False)
+    # The module alone: the whole of kerasllm takes seconds to import.
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(files.__file__)}
+    command = [sys.executable, "-c", code, str(tmp_path / "1")]
+    result = subprocess.run(command, env=environment, check=False)
     assert result.returncode == -9
     left = [path.name for path in tmp_path.iterdir()]
     assert len(left) == 1 and left[0].startswith(".") and not left[0].isdecimal()

@@ -74,10 +74,12 @@ def test_sigterm_is_passed_on(tmp_path):
         "time.sleep(60); sys.exit(3)"
     )
     code = (
-        f"import sys; from kerasllm import launch; launch._COMMAND = [sys.executable, {str(program)!r}]\n"
+        f"import sys; import launch; launch._COMMAND = [sys.executable, {str(program)!r}]\n"
         "sys.exit(launch.launch(['train'], 2))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code])
+    # The module alone: the whole of kerasllm takes seconds to import.
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(launch.__file__)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     while len(os.listdir(tmp_path)) < 3:
         assert process.poll() is None
         time.sleep(0.05)

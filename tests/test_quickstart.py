@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from kerasllm.cli import main
 from kerasllm.quickstart import PROMPT_TOKENS, Stop, choose_prompts, compare, next_version, run_quickstart
 
 
@@ -83,16 +84,20 @@ def test_versions_count_up(tmp_path):
     assert next_version(tmp_path) == 11
 
 
-def test_command_fails_clearly_on_bad_text(tmp_path):
+def test_command_fails_clearly_on_bad_text(tmp_path, capsys):
     (tmp_path / "binary.txt").write_bytes(b"\x00\x01\xff" * 100)
     (tmp_path / "empty.txt").write_text("")
     for name in ("binary.txt", "empty.txt", "none.txt"):
-        command = [sys.executable, "-m", "kerasllm.cli", "quickstart", "--data", str(tmp_path / name)]
-        command += ["--out", str(tmp_path / "out"), "--steps", "1"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 1
-        assert "kerasllm quickstart: error:" in result.stderr and name in result.stderr
-        assert "Traceback" not in result.stderr
+        arguments = ["quickstart", "--data", str(tmp_path / name), "--steps", "1"]
+        arguments += ["--out", str(tmp_path / "out")]
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert "kerasllm quickstart: error:" in error and name in error
+        assert "Traceback" not in error
+    # As a process of its own, and so with the code that a shell sees.
+    command = [sys.executable, "-m", "kerasllm.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, error.splitlines()[-1])
 
 
 def test_request_values_are_json(text):

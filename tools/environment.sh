@@ -45,6 +45,8 @@ install_extra() {
   fi
 }
 
+# Tests start dozens of processes, and each would compile every module again.
+unset PYTHONDONTWRITEBYTECODE
 export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
 export KERAS_BACKEND=tensorflow # the only one that exports and serves
 prepare_environment
