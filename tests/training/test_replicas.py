@@ -22,8 +22,8 @@ def run(*arguments):
 
 @pytest.mark.timeout(900)
 def test_two_replicas_and_two_workers():
-    cases = ("dropout, microbatches, short", "dropout, microbatches, averaged")
-    run("--replicas", "2", "--workers", "2", "--cases", *cases)
+    """A short last batch, dropout, microbatches, averages, a shared state; the rest is in the slow tier."""
+    run("--replicas", "2", "--workers", "2", "--cases", "dropout, microbatches, averaged")
 
 
 def run_in_process(name):
@@ -121,4 +121,5 @@ def test_workers_that_differ_are_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
 def test_everything():
+    """Also a state that is not shared, on workers."""
     run()
