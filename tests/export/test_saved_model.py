@@ -41,6 +41,7 @@ def test_serving_default_is_text_to_text(loaded, causal_lm):
     assert [text.decode() for text in outputs["text"].numpy()] == causal_lm.generate(PROMPTS)
 
 
+@pytest.mark.grappler
 @pytest.mark.parametrize(
     "settings",
     [

@@ -37,12 +37,14 @@ def ids_of(completions):
     return [completion.token_ids for completion in completions]
 
 
+@pytest.mark.grappler
 def test_equals_the_whole_text_forward(random_lm):
     outputs = ids_of(random_lm.generate_tokens(PROMPTS, max_new_tokens=20))
     assert outputs == [greedy_reference(random_lm, prompt, 20) for prompt in PROMPTS]
     assert all(len(set(row)) > 5 for row in outputs)  # or it would prove little
 
 
+@pytest.mark.grappler
 def test_rows_do_not_depend_on_their_neighbours(causal_lm):
     settings = {"max_new_tokens": 15, "temperature": 1.0, "seed": 11}
     together = causal_lm.generate_tokens(PROMPTS, **settings)

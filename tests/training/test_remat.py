@@ -35,6 +35,7 @@ def make_task(family, dropout=0.2):
     return task, (x, labels, mask.astype("float32"))
 
 
+@pytest.mark.grappler
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_nothing_changes(family):
     results = {}

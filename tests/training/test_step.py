@@ -111,6 +111,7 @@ def test_batches_that_xla_would_misread_are_refused(change, message):
         model.fit(make_batches().map(lambda ids, labels, weights: (ids, labels)), verbose=0)
 
 
+@pytest.mark.grappler
 def test_compiled_equals_eager():
     finals = []
     for settings in ({"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}):
