@@ -1,37 +1,70 @@
 """What the server answers, on the messages of tensorflow_serving.apis; both transports call it."""
 
-from collections.abc import Collection, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TypeVar
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 from tensorflow.core.framework import tensor_pb2
 from tensorflow.core.protobuf import meta_graph_pb2
 from tensorflow_serving.apis import (
+    classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
+    inference_pb2,
     model_management_pb2,
     model_pb2,
     predict_pb2,
+    regression_pb2,
 )
 
 from kerasllm_serving import tensor_proto
 from kerasllm_serving.errors import ServingError, invalid_argument, unimplemented
+from kerasllm_serving.inference import (
+    Run,
+    count_examples,
+    run_classify,
+    run_multi_inference,
+    run_regress,
+)
 from kerasllm_serving.manager import ModelManager, models_of
-from kerasllm_serving.model import Servable
+from kerasllm_serving.metrics import Metrics, ServingMetrics
+from kerasllm_serving.model import DEFAULT_SIGNATURE, Servable
 
-DEFAULT_SIGNATURE = "serving_default"
 SIGNATURE_DEF_FIELD = "signature_def"
 
 
+_Response = TypeVar("_Response", bound=Message)
+
+
 class ServerCore:
-    """Answers Predict, GetModelMetadata and GetModelStatus for the loaded models.
+    """Answers the calls of PredictionService and ModelService for the loaded models.
 
     Args:
         manager: What is loaded.
+        metrics: Where the numbers of requests go.
     """
 
-    def __init__(self, manager: ModelManager) -> None:
+    def __init__(self, manager: ModelManager, metrics: Metrics | None = None) -> None:
         self._manager = manager
+        self._metrics = ServingMetrics(metrics or Metrics())
+
+    @contextlib.contextmanager
+    def observe(self, model_name: str, api: str, entrypoint: str) -> Iterator[None]:
+        """Counts a request and how long it takes.
+
+        Args:
+            model_name: The model it asks for.
+            api: `Predict`, `Classify`, `Regress` or `MultiInference`.
+            entrypoint: `GRPC` or `REST`.
+        """
+        # Names that clients make up are without number.
+        name = model_name if self._manager.has(model_name) else ""
+        with self._metrics.observe(name, api, entrypoint):
+            yield
 
     def predict(
         self, request: predict_pb2.PredictRequest, timeout_in_ms: int = 0
@@ -49,8 +82,44 @@ class ServerCore:
             ServingError: With TensorFlow Serving's code and message.
         """
         _require_model_spec(request)
-        with self._manager.use(request.model_spec) as loaded:
-            return run_predict(loaded.servable, request, timeout_in_ms)
+        return self._run(run_predict, "Predict", request.model_spec, request, timeout_in_ms)
+
+    def classify(
+        self, request: classification_pb2.ClassificationRequest, timeout_in_ms: int = 0
+    ) -> classification_pb2.ClassificationResponse:
+        """Classifies tf.Examples; as `predict`."""
+        _require_model_spec(request)
+        return self._run(run_classify, "Classify", request.model_spec, request, timeout_in_ms)
+
+    def regress(
+        self, request: regression_pb2.RegressionRequest, timeout_in_ms: int = 0
+    ) -> regression_pb2.RegressionResponse:
+        """Gives numbers to tf.Examples; as `predict`."""
+        _require_model_spec(request)
+        return self._run(run_regress, "Regress", request.model_spec, request, timeout_in_ms)
+
+    def multi_inference(
+        self, request: inference_pb2.MultiInferenceRequest, timeout_in_ms: int = 0
+    ) -> inference_pb2.MultiInferenceResponse:
+        """Classifies tf.Examples and gives numbers to them in one run; as `predict`."""
+        # The first task says which version is asked.
+        spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
+        return self._run(run_multi_inference, "MultiInference", spec, request, timeout_in_ms)
+
+    def _run(
+        self,
+        answer: Callable[..., _Response],
+        api: str,
+        spec: model_pb2.ModelSpec,
+        request: Message,
+        timeout_in_ms: int,
+    ) -> _Response:
+        with self._manager.use(spec) as loaded:
+            run = functools.partial(loaded.run, timeout_in_ms=timeout_in_ms)
+            response = answer(loaded.servable, request, self._metrics.timed(run, spec.name, api))
+        if api != "Predict":
+            self._metrics.count_examples(spec.name, count_examples(request.input))
+        return response
 
     def signature_inputs(
         self, model_spec: model_pb2.ModelSpec
@@ -149,9 +218,21 @@ class ServerCore:
 
 
 def run_predict(
-    servable: Servable, request: predict_pb2.PredictRequest, timeout_in_ms: int = 0
+    servable: Servable, request: predict_pb2.PredictRequest, run: Run
 ) -> predict_pb2.PredictResponse:
-    """Runs one signature of a version; as `ServerCore.predict`."""
+    """Runs one signature.
+
+    Args:
+        servable: The loaded version.
+        request: The model, the signature, the inputs and, optionally, which outputs.
+        run: Runs its graph.
+
+    Returns:
+        The outputs, and the name, version and signature that made them.
+
+    Raises:
+        ServingError: With TensorFlow Serving's code and message.
+    """
     signature_name = request.model_spec.signature_name or DEFAULT_SIGNATURE
     if signature_name not in servable.signatures:
         raise ServingError(
@@ -162,7 +243,7 @@ def run_predict(
     feeds = _feeds(signature, request.inputs)
     aliases = _output_aliases(signature, request.output_filter)
     fetches = [_tensor_name(alias, signature.outputs[alias]) for alias in aliases]
-    arrays = servable.run(feeds, fetches, timeout_in_ms)
+    arrays = run(feeds, fetches)
 
     response = predict_pb2.PredictResponse()
     response.model_spec.name = request.model_spec.name
@@ -170,7 +251,9 @@ def run_predict(
     response.model_spec.signature_name = signature_name
     for alias, array in zip(aliases, arrays, strict=True):
         try:
-            proto = tensor_proto.from_array(array, signature.outputs[alias].dtype)
+            proto = tensor_proto.from_array(
+                array, signature.outputs[alias].dtype, servable.options.sends_tensor_content
+            )
         except ValueError as error:
             raise unimplemented(f"Output {alias} cannot be sent: {error}") from error
         response.outputs[alias].CopyFrom(proto)
@@ -179,6 +262,8 @@ def run_predict(
 
 def _require_model_spec(
     request: predict_pb2.PredictRequest
+    | classification_pb2.ClassificationRequest
+    | regression_pb2.RegressionRequest
     | get_model_metadata_pb2.GetModelMetadataRequest
     | get_model_status_pb2.GetModelStatusRequest,
 ) -> None:

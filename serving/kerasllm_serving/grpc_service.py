@@ -20,7 +20,7 @@ from tensorflow_serving.apis import (
 
 from kerasllm_serving.api_keys import KeyCheck
 from kerasllm_serving.core import ServerCore
-from kerasllm_serving.errors import ServingError, StartupError, unimplemented
+from kerasllm_serving.errors import ServingError, StartupError
 
 _MAX_STATUS_BYTES = 1024
 _UNLIMITED = -1
@@ -85,7 +85,7 @@ class _KeyCheck(grpc.ServerInterceptor):
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
-    """Predict and GetModelMetadata; the other calls answer UNIMPLEMENTED.
+    """All its calls; each is ended with the deadline of its request.
 
     Args:
         core: What answers the requests.
@@ -97,8 +97,27 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     def Predict(
         self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
     ) -> predict_pb2.PredictResponse:
-        """Runs a signature within the deadline of the request."""
-        return _answer(context, lambda: self._core.predict(request, _timeout_in_ms(context)))
+        """Runs a signature."""
+        return self._run(self._core.predict, "Predict", request.model_spec.name, request, context)
+
+    def Classify(
+        self, request: classification_pb2.ClassificationRequest, context: grpc.ServicerContext
+    ) -> classification_pb2.ClassificationResponse:
+        """Classifies tf.Examples."""
+        return self._run(self._core.classify, "Classify", request.model_spec.name, request, context)
+
+    def Regress(
+        self, request: regression_pb2.RegressionRequest, context: grpc.ServicerContext
+    ) -> regression_pb2.RegressionResponse:
+        """Gives numbers to tf.Examples."""
+        return self._run(self._core.regress, "Regress", request.model_spec.name, request, context)
+
+    def MultiInference(
+        self, request: inference_pb2.MultiInferenceRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.MultiInferenceResponse:
+        """Classifies tf.Examples and gives numbers to them in one run."""
+        name = request.tasks[0].model_spec.name if request.tasks else ""
+        return self._run(self._core.multi_inference, "MultiInference", name, request, context)
 
     def GetModelMetadata(
         self,
@@ -108,23 +127,19 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         """Describes the signatures of the model."""
         return _answer(context, lambda: self._core.get_model_metadata(request))
 
-    def Classify(
-        self, request: classification_pb2.ClassificationRequest, context: grpc.ServicerContext
-    ) -> classification_pb2.ClassificationResponse:
-        """Answers UNIMPLEMENTED."""
-        return _refuse(context, "Classify", "Predict")
+    def _run(
+        self,
+        answer: Callable[[Message, int], _Response],
+        api: str,
+        model_name: str,
+        request: Message,
+        context: grpc.ServicerContext,
+    ) -> _Response:
+        def handle() -> _Response:
+            with self._core.observe(model_name, api, "GRPC"):
+                return answer(request, _timeout_in_ms(context))
 
-    def Regress(
-        self, request: regression_pb2.RegressionRequest, context: grpc.ServicerContext
-    ) -> regression_pb2.RegressionResponse:
-        """Answers UNIMPLEMENTED."""
-        return _refuse(context, "Regress", "Predict")
-
-    def MultiInference(
-        self, request: inference_pb2.MultiInferenceRequest, context: grpc.ServicerContext
-    ) -> inference_pb2.MultiInferenceResponse:
-        """Answers UNIMPLEMENTED."""
-        return _refuse(context, "MultiInference", "Predict")
+        return _answer(context, handle)
 
 
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
@@ -155,11 +170,6 @@ def _answer(context: grpc.ServicerContext, handle: Callable[[], _Response]) -> _
         return handle()
     except ServingError as error:
         context.abort(error.code, _truncate(error.message))
-
-
-def _refuse(context: grpc.ServicerContext, call: str, instead: str) -> None:
-    error = unimplemented(f"{call} is not implemented by kerasllm_serving; use {instead}")
-    context.abort(error.code, error.message)
 
 
 def _timeout_in_ms(context: grpc.ServicerContext) -> int:

@@ -78,7 +78,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except ValueError as error:  # an integer of thousands of digits
         raise invalid_argument(f"JSON Parse error: {error}") from error
     if not isinstance(document, dict):
-        raise invalid_argument(f"JSON Value: {_quote(document)} Is not object")
+        raise invalid_argument(f"JSON Value: {quote(document)} Is not object")
     return document
 
 
@@ -97,7 +97,7 @@ def signature_name(document: Mapping[str, Any]) -> str:
     name = document.get("signature_name", "")
     if not isinstance(name, str):
         raise invalid_argument(
-            f"JSON Value: {_quote(document)} not formatted correctly. 'signature_name' key must "
+            f"JSON Value: {quote(document)} not formatted correctly. 'signature_name' key must "
             "be a string value."
         )
     return name
@@ -123,17 +123,17 @@ def tensors_from_json(
     """
     if "instances" in document and "inputs" in document:
         raise invalid_argument(
-            f"JSON Value: {_quote(document)} Not formatted correctly expecting only one of "
+            f"JSON Value: {quote(document)} Not formatted correctly expecting only one of "
             "'inputs' or 'instances' keys to exist "
         )
     if "instances" in document:
         instances = document["instances"]
         if not isinstance(instances, list):
             raise invalid_argument(
-                f"JSON Value: {_quote(document)} Excepting 'instances' to be an list/array"
+                f"JSON Value: {quote(document)} Excepting 'instances' to be an list/array"
             )
         if not instances:
-            raise invalid_argument(f"JSON Value: {_quote(document)} No values in 'instances' array")
+            raise invalid_argument(f"JSON Value: {quote(document)} No values in 'instances' array")
         return _tensors_from_rows(instances, inputs, optional), RequestFormat.ROW
     if "inputs" in document:
         tensors = _tensors_from_columns(document["inputs"], inputs, optional)
@@ -220,7 +220,7 @@ def _tensors_from_rows(
         if are_objects and sorted(instance) != expected_keys:
             raise invalid_argument(
                 f"Failed to process element: {index} of 'instances' list. JSON object: "
-                f"{_quote(instance)} keys must be equal to: {','.join(expected_keys)}"
+                f"{quote(instance)} keys must be equal to: {','.join(expected_keys)}"
             )
     return {
         name: _make_tensor(inputs[name].dtype, [len(instances), *shapes[name]], values[name])
@@ -293,7 +293,7 @@ def _collect(
     if not isinstance(value, list):
         if level != len(shape):
             raise invalid_argument(
-                f"JSON Value: {_quote(value)} found at incorrect level: {level + 1} in the JSON "
+                f"JSON Value: {quote(value)} found at incorrect level: {level + 1} in the JSON "
                 f"DOM. Expected at level: {len(shape)}"
             )
         values.append(convert(value))
@@ -338,16 +338,16 @@ def _converter(dtype: int) -> Callable[[Any], Any]:
 
         def convert(value: Any) -> bytes:
             if isinstance(value, dict):
-                return _decode_base64(value)
+                return decode_base64(value)
             if not isinstance(value, str):
                 raise _type_error(value, dtype)
-            return _encode_text(value)
+            return encode_text(value)
 
     else:
 
         def convert(value: Any) -> None:
             raise unimplemented(
-                f"Conversion of JSON Value: {_quote(value)} to type: {tensor_proto.dtype_name(dtype)}"
+                f"Conversion of JSON Value: {quote(value)} to type: {tensor_proto.dtype_name(dtype)}"
             )
 
     return convert
@@ -360,16 +360,18 @@ def _to_float(value: int | float) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _encode_text(value: str) -> bytes:
+def encode_text(value: str) -> bytes:
+    """Returns the UTF-8 of a JSON string, which may hold half a surrogate pair."""
     try:
         return value.encode()
     except UnicodeEncodeError as error:
         raise invalid_argument("JSON Parse error: The surrogate pair in string is invalid.") from error
 
 
-def _decode_base64(value: Mapping[str, Any]) -> bytes:
-    if not _is_base64(value):
-        raise invalid_argument(f"JSON Value: {_quote(value)} not formatted correctly for base64 data")
+def decode_base64(value: Mapping[str, Any]) -> bytes:
+    """Returns the bytes of `{"b64": "..."}`."""
+    if not is_base64(value):
+        raise invalid_argument(f"JSON Value: {quote(value)} not formatted correctly for base64 data")
     text = "".join(value["b64"].split())
     try:
         # Padding is optional.
@@ -378,13 +380,14 @@ def _decode_base64(value: Mapping[str, Any]) -> bytes:
         raise invalid_argument("Unable to base64 decode") from error
 
 
-def _is_base64(value: Any) -> bool:
+def is_base64(value: Any) -> bool:
+    """Tells whether a JSON value is `{"b64": "..."}`."""
     return isinstance(value, dict) and list(value) == ["b64"] and isinstance(value["b64"], str)
 
 
 def _is_named(value: Any) -> bool:
     """Tells an object keyed by input name from a value, which may be a base64 object."""
-    return isinstance(value, dict) and not _is_base64(value)
+    return isinstance(value, dict) and not is_base64(value)
 
 
 def _keys(value: Any) -> set[str]:
@@ -407,7 +410,7 @@ def _tokens(name: str, proto: tensor_pb2.TensorProto) -> list[str]:
     """Writes every value of a tensor as a JSON token, in row-major order."""
     values = getattr(proto, tensor_proto.VALUE_FIELDS.get(proto.dtype, "int_val"))
     if proto.dtype in _FLOAT_DTYPES:
-        return [_float_token(value, _FLOAT_DTYPES[proto.dtype]) for value in values]
+        return [float_token(value, _FLOAT_DTYPES[proto.dtype]) for value in values]
     if proto.dtype in _INTEGER_DTYPES:
         return [str(value) for value in values]
     if proto.dtype == types_pb2.DT_BOOL:
@@ -415,13 +418,13 @@ def _tokens(name: str, proto: tensor_pb2.TensorProto) -> list[str]:
     if proto.dtype == types_pb2.DT_STRING:
         if name.endswith(_BYTES_SUFFIX):
             return [json.dumps({"b64": base64.b64encode(value).decode()}) for value in values]
-        return [_text_token(value) for value in values]
+        return [text_token(value) for value in values]
     raise invalid_argument(
         f"Failed to write JSON value for tensor type: {tensor_proto.dtype_name(proto.dtype)}"
     )
 
 
-def _float_token(value: float, dtype: type[np.floating]) -> str:
+def float_token(value: float, dtype: type[np.floating]) -> str:
     """Writes a float with six significant digits if they identify it, else with all it needs."""
     if math.isnan(value):
         return "NaN"
@@ -435,7 +438,8 @@ def _float_token(value: float, dtype: type[np.floating]) -> str:
     return text if "." in text or "e" in text else text + ".0"
 
 
-def _text_token(value: bytes) -> str:
+def text_token(value: bytes) -> str:
+    """Writes text as a JSON token, with U+FFFD in place of what is no UTF-8."""
     return json.dumps(value.decode("utf-8", "replace"), ensure_ascii=False)
 
 
@@ -461,12 +465,13 @@ def _json_object(tokens: Mapping[str, str]) -> str:
 
 def _type_error(value: Any, dtype: int) -> ServingError:
     return invalid_argument(
-        f"JSON Value: {_quote(value)} Type: {_json_type(value)} is not of expected type: "
+        f"JSON Value: {quote(value)} Type: {json_type(value)} is not of expected type: "
         f"{tensor_proto.dtype_name(dtype)}"
     )
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """Names the type of a JSON value as TensorFlow Serving does."""
     if value is None:
         return "Null"
     if isinstance(value, bool):
@@ -475,7 +480,7 @@ def _json_type(value: Any) -> str:
     return names[type(value)]
 
 
-def _quote(value: Any) -> str:
+def quote(value: Any) -> str:
     """Writes a received value for an error message, cut where it gets long."""
     text = json.dumps(value, indent=4, ensure_ascii=False)
     if len(text) > _MAX_QUOTED_CHARACTERS:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
+import numpy as np
 from google.protobuf import text_format
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 from tensorflow_serving.config import model_server_config_pb2
@@ -51,6 +52,11 @@ class Loaded(Protocol):
     """A loaded version."""
 
     servable: Servable
+
+    def run(
+        self, feeds: Mapping[str, np.ndarray], fetches: Sequence[str], timeout_in_ms: int = 0
+    ) -> list[np.ndarray]:
+        """Runs the graph, perhaps together with other requests; see `Servable.run`."""
 
     def close(self) -> None:
         """Frees it; nobody uses it any more."""
@@ -279,6 +285,10 @@ class ModelManager:
     def _available(self, name: str) -> dict[int, _Version]:
         versions = dict(self._versions.get(name, {}))
         return {number: v for number, v in versions.items() if v.state == States.AVAILABLE}
+
+    def has(self, name: str) -> bool:
+        """Tells whether a model has this name."""
+        return name in self._versions
 
     def latest(self) -> dict[str, Loaded]:
         """Returns the version with the highest number of each model."""

@@ -1,8 +1,12 @@
 """Numbers for Prometheus, in its text format, with names that need not end in `_total`."""
 
 import bisect
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from kerasllm_serving.errors import ServingError
 
 # As vLLM's, so that dashboards fit.
 SECONDS_TO_FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
@@ -150,6 +154,81 @@ class Histogram(_Family):
                     lines.append(self._line("_bucket", labels, total, f'le="{bound}"'))
                 lines += [self._line("_sum", labels, counts[-1]), self._line("_count", labels, total)]
         return lines
+
+
+class ServingMetrics:
+    """TensorFlow Serving's numbers of requests, with its names and labels.
+
+    Args:
+        metrics: Where they go.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._requests = metrics.counter(
+            ":tensorflow:serving:request_count", "The total number of requests.", ("model_name", "status")
+        )
+        self._latency = metrics.histogram(
+            ":tensorflow:serving:request_latency",
+            "Microseconds of requests that succeeded.",
+            MICROSECONDS,
+            ("model_name", "API", "entrypoint"),
+        )
+        self._runtime = metrics.histogram(
+            ":tensorflow:serving:runtime_latency",
+            "Microseconds in TensorFlow's runtime.",
+            MICROSECONDS,
+            ("model_name", "API", "runtime"),
+        )
+        self._example_counts = metrics.histogram(
+            ":tensorflow:serving:request_example_counts",
+            "tf.Examples per request.",
+            tuple(2.0**power for power in range(15)),
+            ("model",),
+        )
+        self._examples = metrics.counter(
+            ":tensorflow:serving:request_example_count_total",
+            "The total number of tf.Examples.",
+            ("model",),
+        )
+
+    @contextlib.contextmanager
+    def observe(self, model_name: str, api: str, entrypoint: str) -> Iterator[None]:
+        """Counts a request and how long it takes; see `ServerCore.observe`."""
+        begin = time.perf_counter()
+        status = "UNKNOWN"
+        try:
+            yield
+            status = "OK"
+        except ServingError as error:
+            status = error.code.name
+            raise
+        finally:
+            self._requests.add(1, model_name, status)
+            if status == "OK":
+                seconds = time.perf_counter() - begin
+                self._latency.observe(seconds * 1e6, model_name, api, entrypoint)
+
+    def timed(self, run: Callable, model_name: str, api: str) -> Callable:
+        """Returns a function that runs a graph and tells how long that takes.
+
+        Args:
+            run: Runs the graph.
+            model_name: The model.
+            api: The call it is run for.
+        """
+
+        def timed_run(*arguments):
+            begin = time.perf_counter()
+            results = run(*arguments)
+            self._runtime.observe((time.perf_counter() - begin) * 1e6, model_name, api, "TF1")
+            return results
+
+        return timed_run
+
+    def count_examples(self, model_name: str, count: int) -> None:
+        """Counts the tf.Examples of a request."""
+        self._example_counts.observe(count, model_name)
+        self._examples.add(count, model_name)
 
 
 def _escape(value: str) -> str:

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's REST API: predict, model status and model metadata."""
+"""TensorFlow Serving's REST API: predict, classify, regress, model status and model metadata."""
 
 import json
 import logging
@@ -8,15 +8,17 @@ from urllib.parse import unquote
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from tensorflow_serving.apis import (
+    classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
     model_pb2,
     predict_pb2,
+    regression_pb2,
 )
 
-from kerasllm_serving import json_tensor
+from kerasllm_serving import json_examples, json_tensor
 from kerasllm_serving.core import SIGNATURE_DEF_FIELD, ServerCore
-from kerasllm_serving.errors import ServingError, invalid_argument, unimplemented
+from kerasllm_serving.errors import ServingError, invalid_argument
 
 _VERSION_CHOICE = r"(?:/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
 _VERB_PATH = re.compile(
@@ -65,10 +67,9 @@ class RestHandler:
     def _dispatch(self, method: str, path: str, body: bytes) -> str:
         if method == "POST" and (match := _VERB_PATH.fullmatch(path)):
             spec = _model_spec(match)
-            verb = match["verb"].lower()
-            if verb != "predict":
-                raise unimplemented(f"{verb} is not implemented by kerasllm_serving; use predict")
-            return self._predict(spec, body)
+            answer = getattr(self, "_" + match["verb"].lower())
+            with self._core.observe(spec.name, match["verb"].capitalize(), "REST"):
+                return answer(spec, body)
         if method == "GET" and (match := _MODEL_PATH.fullmatch(path)):
             if not match["name"]:
                 raise invalid_argument("Missing model name in request.")
@@ -84,6 +85,22 @@ class RestHandler:
         request = predict_pb2.PredictRequest(model_spec=spec, inputs=tensors)
         response = self._core.predict(request, self._timeout_in_ms)
         return json_tensor.json_from_tensors(response.outputs, request_format)
+
+    def _classify(self, spec: model_pb2.ModelSpec, body: bytes) -> str:
+        document = json_tensor.parse_object(body)
+        spec.signature_name = json_tensor.signature_name(document)
+        examples = json_examples.input_from_json(document)
+        request = classification_pb2.ClassificationRequest(model_spec=spec, input=examples)
+        response = self._core.classify(request, self._timeout_in_ms)
+        return json_examples.json_from_classifications(response.result)
+
+    def _regress(self, spec: model_pb2.ModelSpec, body: bytes) -> str:
+        document = json_tensor.parse_object(body)
+        spec.signature_name = json_tensor.signature_name(document)
+        examples = json_examples.input_from_json(document)
+        request = regression_pb2.RegressionRequest(model_spec=spec, input=examples)
+        response = self._core.regress(request, self._timeout_in_ms)
+        return json_examples.json_from_regressions(response.result)
 
     def _status(self, spec: model_pb2.ModelSpec) -> str:
         request = get_model_status_pb2.GetModelStatusRequest(model_spec=spec)

@@ -125,7 +125,7 @@ def serve(options: ServerOptions) -> None:
             options.max_num_load_retries,
         )
         manager.start()
-        core = ServerCore(manager)
+        core = ServerCore(manager, metrics)
         grpc_server, grpc_port = create_grpc_server(
             core, _address(options.host, options.port), options.grpc_max_threads, options.api_keys
         )
@@ -197,9 +197,10 @@ class LoadedVersion:
 
     def __init__(self, name: str, path: Path, options: ServerOptions, metrics: Metrics) -> None:
         self.servable = Servable(path)
+        self.run = self.servable.run
         self._drain_seconds = options.drain_seconds
         if options.enable_model_warmup:
-            warm_up(self.servable, path)
+            warm_up(self.servable, path, self.run)
         self.served: Served | None = None
         model = LanguageModel(name, path, self.servable)
         if model.is_language_model:

@@ -72,12 +72,13 @@ def to_array(proto: tensor_pb2.TensorProto) -> np.ndarray:
     return as_array(value)
 
 
-def from_array(array: np.ndarray, dtype: int) -> tensor_pb2.TensorProto:
+def from_array(array: np.ndarray, dtype: int, as_tensor_content: bool = False) -> tensor_pb2.TensorProto:
     """Encodes an output of the model with one value per element in the field of its dtype.
 
     Args:
         array: The values, any shape; strings are an object array of `bytes`.
         dtype: A `types_pb2.DataType` value.
+        as_tensor_content: Whether to send the bytes of the array instead; strings have none.
 
     Returns:
         The tensor.
@@ -93,6 +94,9 @@ def from_array(array: np.ndarray, dtype: int) -> tensor_pb2.TensorProto:
     proto = tensor_pb2.TensorProto(dtype=dtype)
     for size in array.shape:
         proto.tensor_shape.dim.add(size=size)
+    if as_tensor_content and dtype != types_pb2.DT_STRING:
+        proto.tensor_content = array.tobytes()
+        return proto
     values = array.reshape(-1)
     if dtype in (types_pb2.DT_HALF, types_pb2.DT_BFLOAT16):
         values = values.view(np.uint16)

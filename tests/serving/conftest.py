@@ -115,6 +115,41 @@ class ManySignatures(tf.Module):
         return {"seconds": tf.where(steps > 0, seconds, -1.0)}
 
 
+# Signatures that take serialized tf.Examples with a number `x` and perhaps a `name`, good and bad.
+EXAMPLE_SIGNATURES = {
+    "classify": lambda x, name: {
+        "classes": tf.stack([name, tf.fill(tf.shape(x), "other")], 1),
+        "scores": tf.stack([x, 1 - x], 1),
+    },
+    "scores": lambda x, name: {"scores": tf.stack([x, 1 - x], 1)},
+    "classes": lambda x, name: {"classes": name[:, None]},
+    "regress": lambda x, name: {"outputs": 2 * x},
+    "regress_column": lambda x, name: {"outputs": 2 * x[:, None]},
+    "scores_1d": lambda x, name: {"scores": x},
+    "scores_double": lambda x, name: {"scores": tf.cast(x, tf.float64)[:, None]},
+    "scores_batch": lambda x, name: {"scores": tf.concat([x, x], 0)[:, None]},
+    "scores_as_classes": lambda x, name: {"classes": x[:, None]},
+    "widths": lambda x, name: {"classes": name[:, None], "scores": tf.stack([x, x], 1)},
+    "outputs_2d": lambda x, name: {"outputs": tf.stack([x, x], 1)},
+    "outputs_double": lambda x, name: {"outputs": tf.cast(x, tf.float64)},
+    "outputs_batch": lambda x, name: {"outputs": tf.concat([x, x], 0)},
+    "other_output": lambda x, name: {"other": x},
+}
+
+
+def make_example_function(outputs):
+    features = {
+        "x": tf.io.FixedLenFeature([], tf.float32),
+        "name": tf.io.FixedLenFeature([], tf.string, "none"),
+    }
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
+    def function(inputs):
+        return outputs(**tf.io.parse_example(inputs, features))
+
+    return function
+
+
 @dataclasses.dataclass
 class ServerProcess:
     """A running server and how to reach it."""
@@ -140,6 +175,8 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = [name for name, value in vars(ManySignatures).items() if hasattr(value, "input_signature")]
     signatures = {name: getattr(module, name) for name in names}
     signatures["serving_default"] = module.echo
+    for name, outputs in EXAMPLE_SIGNATURES.items():
+        signatures[name] = make_example_function(outputs)
     tf.saved_model.save(module, str(path), signatures=signatures)
     return path
 

@@ -9,12 +9,9 @@ import pytest
 import tensorflow as tf
 from kerasllm_serving.grpc_service import _truncate
 from tensorflow_serving.apis import (
-    classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
-    inference_pb2,
     predict_pb2,
-    regression_pb2,
 )
 
 TIMEOUT = 30
@@ -43,12 +40,6 @@ def predict(server):
 
 def arrays(response):
     return {name: tf.make_ndarray(proto) for name, proto in response.outputs.items()}
-
-
-def assert_refused(code, message, call, *args, **kwargs):
-    with pytest.raises(grpc.RpcError) as caught:
-        call(*args, **kwargs)
-    assert (caught.value.code().name, caught.value.details()) == (code, message)
 
 
 def test_text_in_text_out(predict):
@@ -113,107 +104,6 @@ def test_output_filter_and_version(predict):
     assert predict(version=7, prompt=["a"]).model_spec.version.value == 7
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "code", "message"),
-    [
-        ({"name": ""}, "INVALID_ARGUMENT", "ModelSpec has no name specified."),
-        ({"name": "m"}, "NOT_FOUND", "Servable not found for request: Latest(m)"),
-        (
-            {"name": "m", "version": 7},
-            "NOT_FOUND",
-            "Servable not found for request: Specific(m, 7)",
-        ),
-        (
-            {"version": 6, "prompt": ["a"]},
-            "NOT_FOUND",
-            "Servable not found for request: Specific(test_model, 6)",
-        ),
-        (
-            {"signature": "s", "prompt": ["a"]},
-            "FAILED_PRECONDITION",
-            'Serving signature key "s" not found.',
-        ),
-        (
-            {},
-            "INVALID_ARGUMENT",
-            "input size does not match signature: 0!=1 len({}) != len({prompt}). "
-            "Sent extra: {}. Missing but required: {prompt}.",
-        ),
-        (
-            {"prompt": ["a"], "b": ["a"], "a": ["a"]},
-            "INVALID_ARGUMENT",
-            "input size does not match signature: 3!=1 len({a,b,prompt}) != len({prompt}). "
-            "Sent extra: {a,b}. Missing but required: {}.",
-        ),
-        (
-            {"q": ["a"]},
-            "INVALID_ARGUMENT",
-            "Signature input alias: prompt(feed name: serving_default_prompt:0) not found in "
-            "request and no default value provided. Inputs expected to be in the request {q}, "
-            "or default input alias set: ",
-        ),
-        (
-            {"signature": "with_default", "prompt": ["a"], "q": ["a"]},
-            "INVALID_ARGUMENT",
-            "Inputs contains invalid name. Used request inputs: prompt, request input: prompt,q",
-        ),
-        (
-            {"output_filter": ["q"], "prompt": ["a"]},
-            "INVALID_ARGUMENT",
-            "output tensor alias not found in signature: q Outputs expected to be in the set {text}.",
-        ),
-        (
-            {"output_filter": ["text", "text"], "prompt": ["a"]},
-            "INVALID_ARGUMENT",
-            "duplicate output tensor alias: text",
-        ),
-        (
-            {"prompt": [1.0]},
-            "INVALID_ARGUMENT",
-            "Expects arg[0] to be string but float is provided",
-        ),
-        (
-            {"signature": "numeric", "x": np.float64([[1, 2]]), "n": np.int32([1])},
-            "INVALID_ARGUMENT",
-            "Expects arg[1] to be float but double is provided",
-        ),
-        (
-            {"signature": "__saved_model_init_op"},
-            "INVALID_ARGUMENT",
-            "Signature inputs and outputs must be dense tensors. Received: __saved_model_init_op",
-        ),
-    ],
-)
-def test_refused_predictions(predict, kwargs, code, message):
-    assert_refused(code, message, predict, **kwargs)
-
-
-def test_missing_model_spec(server):
-    for call, request in (
-        (server.prediction.Predict, predict_pb2.PredictRequest()),
-        (
-            server.prediction.GetModelMetadata,
-            get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"]),
-        ),
-        (server.models.GetModelStatus, get_model_status_pb2.GetModelStatusRequest()),
-    ):
-        assert_refused("INVALID_ARGUMENT", "Missing ModelSpec", call, request, timeout=TIMEOUT)
-
-
-def test_label(server):
-    request = predict_request(prompt=["a"])
-    request.model_spec.version_label = "stable"
-    message = "Unrecognized servable version label: stable"
-    assert_refused("INVALID_ARGUMENT", message, server.prediction.Predict, request, timeout=TIMEOUT)
-
-
-def test_broken_tensor(server):
-    request = predict_request()
-    request.inputs["prompt"].SetInParent()
-    message = "tensor parsing error: prompt"
-    assert_refused("INVALID_ARGUMENT", message, server.prediction.Predict, request, timeout=TIMEOUT)
-
-
 def test_an_assertion_in_the_graph_reaches_the_client(predict):
     assert arrays(predict("checked", prompt=["12345"]))["text"].tolist() == [b"12345"]
     with pytest.raises(grpc.RpcError) as caught:
@@ -244,14 +134,6 @@ def test_model_status(server):
         assert status.state == get_model_status_pb2.ModelVersionStatus.AVAILABLE
         assert status.status.error_code == 0
 
-    request.model_spec.version.value = 6
-    message = "Could not find version 6 of model test_model"
-    assert_refused("NOT_FOUND", message, server.models.GetModelStatus, request, timeout=TIMEOUT)
-    request.model_spec.name = "m"
-    request.model_spec.version_label = "labels are ignored"
-    message = "Could not find any versions of model m"
-    assert_refused("NOT_FOUND", message, server.models.GetModelStatus, request, timeout=TIMEOUT)
-
 
 def test_model_metadata(server, saved_model):
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
@@ -266,42 +148,6 @@ def test_model_metadata(server, saved_model):
     assert echo.method_name == "tensorflow/serving/predict"
     with_default = signatures.signature_def["with_default"]
     assert sorted(with_default.inputs) == ["count", "prompt"] and not with_default.defaults
-
-
-@pytest.mark.parametrize(
-    ("fields", "name", "code", "message"),
-    [
-        (
-            [],
-            "test_model",
-            "INVALID_ARGUMENT",
-            "GetModelMetadataRequest must specify at least one metadata_field",
-        ),
-        (["f"], "test_model", "INVALID_ARGUMENT", "Metadata field f is not supported"),
-        (["signature_def"], "m", "NOT_FOUND", "Servable not found for request: Latest(m)"),
-        (["signature_def"], "", "INVALID_ARGUMENT", "ModelSpec has no name specified."),
-    ],
-)
-def test_refused_metadata(server, fields, name, code, message):
-    request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=fields)
-    request.model_spec.SetInParent()
-    request.model_spec.name = name
-    assert_refused(code, message, server.prediction.GetModelMetadata, request, timeout=TIMEOUT)
-
-
-@pytest.mark.parametrize(
-    ("service", "call", "request_type"),
-    [
-        ("prediction", "Classify", classification_pb2.ClassificationRequest),
-        ("prediction", "Regress", regression_pb2.RegressionRequest),
-        ("prediction", "MultiInference", inference_pb2.MultiInferenceRequest),
-    ],
-)
-def test_calls_that_are_not_offered(server, service, call, request_type):
-    with pytest.raises(grpc.RpcError) as caught:
-        getattr(getattr(server, service), call)(request_type(), timeout=TIMEOUT)
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert f"{call} is not implemented by kerasllm_serving" in caught.value.details()
 
 
 def test_sixteen_threads_get_their_own_answers(predict):
