@@ -13,6 +13,7 @@ from kerasllm_serving.inference import CLASSIFY, REGRESS, run_classify, run_mult
 from kerasllm_serving.json_examples import input_from_json
 from kerasllm_serving.json_tensor import parse_object
 from kerasllm_serving.model import ModelOptions, Servable
+from kerasllm_serving.warmup import warm_up
 from tensorflow_serving.apis import classification_pb2, inference_pb2, regression_pb2
 
 TIMEOUT = 30
@@ -156,6 +157,35 @@ def test_method_names_are_checked_where_asked(shared_input, saved_model):
             call(shared_input, request, run)
         message = f"Expected {kind} signature method_name to be {method}. Was: {found}"
         assert (caught.value.code.name, caught.value.message) == ("INVALID_ARGUMENT", message)
+
+
+def test_an_exported_classifier(stories, tmp_path):
+    """What the library exports answers Classify, and its own warm-up requests."""
+    from reference.weights import randomize
+
+    from kerasllm import Bert, BertConfig, SequenceClassifier, train_tokenizer
+
+    word_pieces = train_tokenizer("wordpiece", stories[:50], 300)
+    config = BertConfig(
+        vocabulary_size=word_pieces.vocabulary_size,
+        context_length=32,
+        num_layers=1,
+        num_heads=2,
+        dim=16,
+        labels=("bad", "fair", "good"),
+    )
+    task = SequenceClassifier(randomize(Bert(config, head="classifier")), word_pieces)
+    servable = Servable(task.export(tmp_path / "1"), ModelOptions(checks_method_names=True))
+    texts = ["Mia went home.", "the garden"]
+    request = classification_pb2.ClassificationRequest()
+    request.model_spec.signature_name = "classify"
+    request.input.example_list.examples.extend([example(text=text.encode()) for text in texts])
+    answered = pairs(run_classify(servable, request, servable.run).result)
+    for row, live in zip(answered, task.classify(texts), strict=True):
+        wanted = {entry["label"]: entry["score"] for entry in live}
+        assert dict(row) == pytest.approx(wanted, abs=1e-5)
+    assert warm_up(servable, tmp_path / "1", servable.run) > 0
+    servable.close()
 
 
 # REST
