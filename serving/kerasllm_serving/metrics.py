@@ -231,5 +231,31 @@ class ServingMetrics:
         self._examples.add(count, model_name)
 
 
+class BatchingMetrics:
+    """TensorFlow Serving's numbers of batches, with its names and labels.
+
+    Args:
+        metrics: Where they go.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        name = ":tensorflow:serving:batching_session:"
+        sizes = tuple(2.0**power for power in range(14))
+        self.queuing_latency = metrics.histogram(
+            name + "queuing_latency",
+            "Microseconds that requests wait for their batch.",
+            tuple(100 * 1.2**power for power in range(52)),
+            ("thread_pool_name",),
+        )
+        self.padding_size = metrics.histogram(
+            name + "padding_size", "Rows that fill up batches.", sizes, ("execution_batch_size",)
+        )
+        self.input_batch_size = metrics.histogram(name + "input_batch_size", "Rows of requests.", sizes)
+        self.processed_batch_size = metrics.histogram(
+            name + "processed_batch_size", "Rows of batches.", sizes
+        )
+        self.wrapped_run_count = metrics.counter(name + "wrapped_run_count", "Batches that were run.")
+
+
 def _escape(value: str) -> str:
     return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
