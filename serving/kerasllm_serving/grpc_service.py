@@ -1,8 +1,10 @@
 """The gRPC services PredictionService and ModelService, as tensorflow_serving.apis defines them."""
 
-from collections.abc import Callable, Collection
+import dataclasses
+import logging
+from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -24,45 +26,119 @@ from kerasllm_serving.errors import ServingError, StartupError
 
 _MAX_STATUS_BYTES = 1024
 _UNLIMITED = -1
+_logger = logging.getLogger(__name__)
 
 _Response = TypeVar("_Response", bound=Message)
 
 
-def create_grpc_server(
-    core: ServerCore, address: str, max_threads: int, api_keys: Collection[str] = ()
-) -> tuple[grpc.Server, int]:
-    """Makes a gRPC server that listens at an address; `start` makes it answer.
+@dataclasses.dataclass(frozen=True)
+class GrpcOptions:
+    """How gRPC requests are let in.
+
+    Args:
+        max_threads: How many requests are worked on at once; the others wait.
+        api_keys: One of them has to come with each request, as the metadata `authorization: Bearer KEY`;
+            none: anybody may ask.
+        socket_path: A Unix socket to listen at as well.
+        credentials: What connections are encrypted with; None: they are not.
+        channel_arguments: Settings of gRPC's core.
+        has_health_check: Whether gRPC's own service for health checks answers.
+    """
+
+    max_threads: int
+    api_keys: Collection[str] = ()
+    socket_path: str | None = None
+    credentials: grpc.ServerCredentials | None = None
+    channel_arguments: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
+    has_health_check: bool = False
+
+
+class GrpcServer:
+    """A gRPC server that listens at an address.
 
     Args:
         core: What answers the requests.
         address: `host:port`; port 0 takes a free one.
-        max_threads: How many requests are worked on at once; the others wait.
-        api_keys: One of them has to come with each request, as the metadata `authorization: Bearer KEY`;
-            none: anybody may ask.
-
-    Returns:
-        The server and its port.
+        options: How requests are let in.
 
     Raises:
         StartupError: If the address cannot be bound.
     """
-    server = grpc.server(
-        futures.ThreadPoolExecutor(max_threads, thread_name_prefix="grpc"),
-        interceptors=[_KeyCheck(api_keys)] if api_keys else [],
-        options=[
+
+    def __init__(self, core: ServerCore, address: str, options: GrpcOptions) -> None:
+        settings = {
             # Without this, two servers on one port would share its requests between them.
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", _UNLIMITED),
-            ("grpc.max_send_message_length", _UNLIMITED),
-        ],
-    )
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(PredictionService(core), server)
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), server)
+            "grpc.so_reuseport": 0,
+            "grpc.max_receive_message_length": _UNLIMITED,
+            "grpc.max_send_message_length": _UNLIMITED,
+        } | options.channel_arguments
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(options.max_threads, thread_name_prefix="grpc"),
+            interceptors=[_KeyCheck(options.api_keys)] if options.api_keys else [],
+            options=list(settings.items()),
+        )
+        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
+            PredictionService(core), self._server
+        )
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), self._server)
+        self._server.add_generic_rpc_handlers([_no_profiler()])
+        self._health = _add_health_check(self._server) if options.has_health_check else None
+        self.port = self._listen("--port", address, options.credentials)
+        if options.socket_path:
+            self._listen("--grpc_socket_path", f"unix:{options.socket_path}", options.credentials)
+
+    def _listen(self, flag: str, address: str, credentials: grpc.ServerCredentials | None) -> int:
+        try:
+            if credentials:
+                return self._server.add_secure_port(address, credentials)
+            return self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            rule = "free" if flag == "--port" else "a path where a socket can be made"
+            raise StartupError(f"`{flag}` must be {rule}. Received: {address}: {error}") from error
+
+    def start(self) -> None:
+        """Begins to answer."""
+        self._server.start()
+
+    def stop(self, seconds: float | None) -> None:
+        """Refuses new requests; returns once those that run have finished, or their time is over.
+
+        Args:
+            seconds: How long they may take; None: they are cancelled at once.
+        """
+        if self._health:
+            self._health.enter_graceful_shutdown()
+        self._server.stop(seconds).wait()
+
+
+def _add_health_check(server: grpc.Server) -> Any:
+    """Adds gRPC's service, which needs its package; watching clients hold no threads."""
     try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise StartupError(f"`--port` must be free. Received: {address}: {error}") from error
-    return server, port
+        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+    except ImportError as error:
+        raise StartupError(
+            "`--enable_grpc_healthcheck_service` needs a package: pip install grpcio-health-checking"
+        ) from error
+    servicer = health.HealthServicer(experimental_non_blocking=True)
+    for name in ("", "ModelService", "PredictionService"):
+        servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    return servicer
+
+
+def _no_profiler() -> grpc.GenericRpcHandler:
+    """Says what the clients of TensorFlow's profiler would not understand otherwise."""
+
+    def refuse(request: bytes, context: grpc.ServicerContext) -> None:
+        context.abort(
+            grpc.StatusCode.UNIMPLEMENTED,
+            "kerasllm_serving has no profiler; profile the SavedModel with tf.profiler",
+        )
+
+    handler = grpc.unary_unary_rpc_method_handler(refuse)
+    return grpc.method_handlers_generic_handler(
+        "tensorflow.ProfilerService", dict.fromkeys(("Profile", "Monitor", "Terminate"), handler)
+    )
 
 
 class _KeyCheck(grpc.ServerInterceptor):
@@ -80,6 +156,8 @@ class _KeyCheck(grpc.ServerInterceptor):
         self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
 
     def intercept_service(self, continuation, details):
+        if details.method.startswith("/grpc.health.v1.Health/"):
+            return continuation(details)  # as /health over HTTP
         sent = dict(details.invocation_metadata).get("authorization", "")
         return continuation(details) if self._check(sent.encode()) else self._refusal
 
@@ -170,6 +248,9 @@ def _answer(context: grpc.ServicerContext, handle: Callable[[], _Response]) -> _
         return handle()
     except ServingError as error:
         context.abort(error.code, _truncate(error.message))
+    except Exception:
+        _logger.exception("A request failed")
+        context.abort(grpc.StatusCode.INTERNAL, "Internal error; the log of the server tells more")
 
 
 def _timeout_in_ms(context: grpc.ServicerContext) -> int:

@@ -42,14 +42,14 @@ class HttpOptions:
         max_body_bytes: Most bytes of a body.
         allows_cors: Whether pages of other servers may ask.
         has_access_log: Whether each request is logged, without what it says.
-        metrics_path: Where the numbers are.
+        metrics_paths: Where the numbers are.
     """
 
     api_keys: Collection[str] = ()
     max_body_bytes: int = 64 * 2**20
     allows_cors: bool = False
     has_access_log: bool = False
-    metrics_path: str = "/metrics"
+    metrics_paths: tuple[str, ...] = ("/metrics",)
 
 
 class State(Protocol):
@@ -107,7 +107,7 @@ class HttpApp:
             "/health": self._health,
             "/ready": self._health,
             "/v1/models": self._list_models,
-            options.metrics_path: self._show_metrics,
+            **dict.fromkeys(options.metrics_paths, self._show_metrics),
         }
         self._requests = metrics.counter(
             "kerasllm:http_requests_total", "HTTP requests.", ("path", "status")

@@ -100,6 +100,7 @@ def signature_name(document: Mapping[str, Any]) -> str:
             f"JSON Value: {quote(document)} not formatted correctly. 'signature_name' key must "
             "be a string value."
         )
+    encode_text(name)  # refuses what is no text
     return name
 
 

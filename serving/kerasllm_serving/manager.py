@@ -19,7 +19,6 @@ from kerasllm_serving.errors import ServingError, StartupError, invalid_argument
 from kerasllm_serving.model import Servable, find_versions
 
 States = get_model_status_pb2.ModelVersionStatus
-RETRY_SECONDS = 60  # between attempts to load a version, as in TensorFlow Serving
 _logger = logging.getLogger(__name__)
 
 
@@ -85,6 +84,7 @@ class ModelManager:
         configs: The models.
         allow_labels_for_unavailable: Whether a new label may name a version that is not loaded.
         max_num_load_retries: How often a version is tried again.
+        retry_seconds: How long it is left alone before.
     """
 
     def __init__(
@@ -93,8 +93,10 @@ class ModelManager:
         configs: Sequence[ModelConfig],
         allow_labels_for_unavailable: bool = False,
         max_num_load_retries: int = 5,
+        retry_seconds: float = 60,
     ) -> None:
         self._load = load
+        self._retry_seconds = retry_seconds
         self._configs = {config.name: config for config in configs}
         self._allow_labels = allow_labels_for_unavailable
         self._most_attempts = 1 + max_num_load_retries
@@ -203,7 +205,7 @@ class ModelManager:
                 else ServingError(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             )
             version.state = States.END
-            version.next_attempt = time.monotonic() + RETRY_SECONDS
+            version.next_attempt = time.monotonic() + self._retry_seconds
             return
         version.error = None
         with self._changed:
@@ -392,8 +394,15 @@ def models_of(config: model_server_config_pb2.ModelServerConfig) -> list[ModelCo
                 f"Expected model {entry.name} to have an absolute path or URI; "
                 f"got base_path()={entry.base_path}"
             )
+        if entry.HasField("logging_config"):
+            # As upstream, whose server has nothing to log with either.
+            raise invalid_argument("No request-logger-creator provided.")
         policy = entry.model_version_policy
         choice = policy.WhichOneof("policy_choice")
+        if choice == "specific" and not policy.specific.versions:
+            raise invalid_argument(
+                f"Model {entry.name} must have versions where its policy is specific. Received: none"
+            )
         models[entry.name] = ModelConfig(
             entry.name,
             Path(entry.base_path),

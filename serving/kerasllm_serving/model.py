@@ -88,7 +88,11 @@ class Servable:
         self.version = int(path.name)
         self.options = options or ModelOptions()
         meta_graph = _read_meta_graph(path, self.options.tags)
-        self.signatures: Mapping[str, meta_graph_pb2.SignatureDef] = meta_graph.signature_def
+        self.signatures: dict[str, meta_graph_pb2.SignatureDef] = {}
+        for name, signature in meta_graph.signature_def.items():
+            # A copy, so that the graph around it goes.
+            self.signatures[name] = meta_graph_pb2.SignatureDef()
+            self.signatures[name].CopyFrom(signature)
         try:
             self._session, feeds = _load_session(path, self.signatures, self.options)
         except StartupError:

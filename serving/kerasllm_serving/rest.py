@@ -124,10 +124,10 @@ class RestHandler:
 def _model_spec(match: re.Match[str]) -> model_pb2.ModelSpec:
     spec = model_pb2.ModelSpec(name=unquote(match["name"]))
     if match["version"]:
-        version = int(match["version"])
-        if version > _MAX_VERSION:
+        digits = match["version"].lstrip("0") or "0"
+        if len(digits) > len(str(_MAX_VERSION)) or int(digits) > _MAX_VERSION:
             raise invalid_argument(f"Failed to convert version: {match['version']} to numeric.")
-        spec.version.value = version
+        spec.version.value = int(digits)
     elif match["label"]:
         spec.version_label = unquote(match["label"])
     return spec

@@ -8,27 +8,31 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import uvicorn
+from tensorflow.core.protobuf import config_pb2
 from tensorflow_serving.apis import model_pb2
 
+from kerasllm_serving.batching import Batching, read_batching_parameters
+from kerasllm_serving.config_files import parse_text, read_config
 from kerasllm_serving.core import ServerCore
 from kerasllm_serving.engine import Engine
 from kerasllm_serving.errors import ServingError, StartupError
-from kerasllm_serving.grpc_service import create_grpc_server
+from kerasllm_serving.grpc_service import GrpcOptions, GrpcServer
 from kerasllm_serving.http_app import HttpApp, HttpOptions
 from kerasllm_serving.language_model import LanguageModel
 from kerasllm_serving.manager import ModelConfig, ModelManager, read_config_file
-from kerasllm_serving.metrics import Metrics
-from kerasllm_serving.model import Servable, find_versions
+from kerasllm_serving.metrics import MICROSECONDS, Metrics
+from kerasllm_serving.model import ModelOptions, Servable, find_versions
 from kerasllm_serving.openai_api import Served
 from kerasllm_serving.rest import RestHandler
+from kerasllm_serving.tls import RestTls, read_grpc_credentials
 from kerasllm_serving.warmup import warm_up
 
+_PROMETHEUS_PATH = "/monitoring/prometheus/metrics"  # TensorFlow Serving's
 _logger = logging.getLogger(__name__)
 
 
@@ -54,6 +58,27 @@ class ServerOptions:
         rest_api_timeout_in_ms: Milliseconds after which the model run of a REST request is
             cancelled; 0 for no limit.
         rest_api_enable_cors_support: Whether pages of other servers may ask.
+        grpc_socket_path: A Unix socket for gRPC, besides the port.
+        grpc_channel_arguments: Settings of gRPC's core.
+        ssl_config_file: Text file with an SSLConfig, which encrypts gRPC.
+        enable_grpc_healthcheck_service: Whether gRPC's own service for health checks answers.
+        rest_api_ssl_certfile: The certificate that encrypts REST, as PEM.
+        rest_api_ssl_keyfile: Its key; None: it is in the same file.
+        rest_api_ssl_ca_certs: Whose certificates REST's clients must bring; None: they need none.
+        monitoring_config_file: Text file with a MonitoringConfig: where Prometheus finds the numbers.
+        enable_batching: Whether requests that come together are run together.
+        batching_parameters_file: Text file with BatchingParameters: how.
+        enable_per_model_batching_parameters: Whether version folders say themselves how.
+        saved_model_tags: The tags of the graphs to load.
+        tensorflow_session_config_file: Text file with a ConfigProto for the runtime.
+        tensorflow_session_parallelism: Threads of the runtime, of both kinds below; 0: it chooses.
+        tensorflow_intra_op_parallelism: Threads for one op; 0: as above.
+        tensorflow_inter_op_parallelism: Ops that run at once; 0: as above.
+        per_process_gpu_memory_fraction: Share of the GPU's memory; 0: the runtime chooses.
+        enable_signature_method_name_check: Whether signatures must be declared for Classify and Regress.
+        enable_serialization_as_tensor_content: Whether gRPC answers hold the bytes of tensors.
+        load_retry_interval_micros: Microseconds before a version that did not load is tried again.
+        num_request_iterations_for_warmup: How often each warm-up request is run.
         api_keys: One of them has to come with each request; none: anybody may ask.
         max_body_bytes: Most bytes of the body of a REST request.
         access_log: Whether each REST request is logged, without what it says.
@@ -78,6 +103,27 @@ class ServerOptions:
     allow_version_labels_for_unavailable_models: bool = False
     enable_model_warmup: bool = True
     rest_api_enable_cors_support: bool = False
+    grpc_socket_path: str | None = None
+    grpc_channel_arguments: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
+    ssl_config_file: Path | None = None
+    enable_grpc_healthcheck_service: bool = False
+    rest_api_ssl_certfile: Path | None = None
+    rest_api_ssl_keyfile: Path | None = None
+    rest_api_ssl_ca_certs: Path | None = None
+    monitoring_config_file: Path | None = None
+    enable_batching: bool = False
+    batching_parameters_file: Path | None = None
+    enable_per_model_batching_parameters: bool = False
+    saved_model_tags: tuple[str, ...] = ("serve",)
+    tensorflow_session_config_file: Path | None = None
+    tensorflow_session_parallelism: int = 0
+    tensorflow_intra_op_parallelism: int = 0
+    tensorflow_inter_op_parallelism: int = 0
+    per_process_gpu_memory_fraction: float = 0.0
+    enable_signature_method_name_check: bool = False
+    enable_serialization_as_tensor_content: bool = False
+    load_retry_interval_micros: int = 60_000_000
+    num_request_iterations_for_warmup: int = 1
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 64 * 2**20
     access_log: bool = False
@@ -104,6 +150,10 @@ def serve(options: ServerOptions) -> None:
         configs = [ModelConfig(options.model_name, options.model_base_path)]
     for config in configs:
         find_versions(config.base_path)
+    _check_rest_port(options)
+    metrics = Metrics()
+    load = _make_loader(options, metrics)
+    grpc_options = _grpc_options(options)
     # Before the load, which may take minutes.
     check_port_is_free("--port", options.host, options.port)
     check_port_is_free("--rest_api_port", options.host, options.rest_api_port)
@@ -113,22 +163,20 @@ def serve(options: ServerOptions) -> None:
         stop.set()
         signal.signal(number, signal.SIG_DFL)
 
-    metrics = Metrics()
     state = ServerState(options)
     # It says that the model is being loaded, until it is.
     rest_server = _start_rest_server(state, options, metrics) if options.rest_api_port else None
     try:
         manager = ModelManager(
-            lambda name, path: LoadedVersion(name, path, options, metrics),
+            load,
             configs,
             options.allow_version_labels_for_unavailable_models,
             options.max_num_load_retries,
+            options.load_retry_interval_micros / 1e6,
         )
         manager.start()
         core = ServerCore(manager, metrics)
-        grpc_server, grpc_port = create_grpc_server(
-            core, _address(options.host, options.port), options.grpc_max_threads, options.api_keys
-        )
+        grpc_server = GrpcServer(core, _address(options.host, options.port), grpc_options)
         state.serve(core, manager)
     except ServingError as error:
         _end(rest_server)
@@ -140,8 +188,11 @@ def serve(options: ServerOptions) -> None:
     signal.signal(signal.SIGINT, ask_to_stop)
     grpc_server.start()
     rest_address = _address(options.host, options.rest_api_port) if rest_server else "off"
+    grpc_address = _address(options.host, grpc_server.port)
+    if options.grpc_socket_path:
+        grpc_address += f" and unix:{options.grpc_socket_path}"
     print(
-        f"kerasllm_serving: gRPC on {_address(options.host, grpc_port)}, REST on {rest_address}, "
+        f"kerasllm_serving: gRPC on {grpc_address}, REST on {rest_address}, "
         + ", ".join(f"model {name} version {number}" for name, number in manager.numbers())
         + " ready",
         flush=True,
@@ -175,6 +226,91 @@ def _watch_files(
             next_poll = time.monotonic() + options.file_system_poll_wait_seconds
 
 
+def _make_loader(options: ServerOptions, metrics: Metrics) -> Callable[[str, Path], "LoadedVersion"]:
+    """Returns what loads a version, from a model's name and the version folder."""
+    batching = None
+    if options.enable_batching:
+        batching = Batching(
+            read_batching_parameters(options.batching_parameters_file),
+            options.enable_per_model_batching_parameters,
+            metrics,
+        )
+    elif options.batching_parameters_file or options.enable_per_model_batching_parameters:
+        raise StartupError(
+            "`--batching_parameters_file` and `--enable_per_model_batching_parameters` need "
+            "`--enable_batching=true`. Received: neither of it"
+        )
+    model_options = ModelOptions(
+        options.saved_model_tags,
+        _session_config(options),
+        options.enable_signature_method_name_check,
+        options.enable_serialization_as_tensor_content,
+    )
+    return lambda name, path: LoadedVersion(name, path, options, model_options, batching, metrics)
+
+
+def _session_config(options: ServerOptions) -> config_pb2.ConfigProto:
+    config = config_pb2.ConfigProto()
+    if options.tensorflow_session_config_file:
+        parse_text(options.tensorflow_session_config_file, config, "--tensorflow_session_config_file")
+    both = options.tensorflow_session_parallelism
+    config.intra_op_parallelism_threads = (
+        options.tensorflow_intra_op_parallelism or both or config.intra_op_parallelism_threads
+    )
+    config.inter_op_parallelism_threads = (
+        options.tensorflow_inter_op_parallelism or both or config.inter_op_parallelism_threads
+    )
+    if options.per_process_gpu_memory_fraction:
+        config.gpu_options.per_process_gpu_memory_fraction = options.per_process_gpu_memory_fraction
+    return config
+
+
+def _grpc_options(options: ServerOptions) -> GrpcOptions:
+    return GrpcOptions(
+        max_threads=options.grpc_max_threads,
+        api_keys=options.api_keys,
+        socket_path=options.grpc_socket_path,
+        credentials=read_grpc_credentials(options.ssl_config_file) if options.ssl_config_file else None,
+        channel_arguments=options.grpc_channel_arguments,
+        has_health_check=options.enable_grpc_healthcheck_service,
+    )
+
+
+def _rest_tls(options: ServerOptions) -> RestTls | None:
+    if options.rest_api_ssl_certfile:
+        return RestTls(
+            options.rest_api_ssl_certfile, options.rest_api_ssl_keyfile, options.rest_api_ssl_ca_certs
+        )
+    if options.rest_api_ssl_keyfile or options.rest_api_ssl_ca_certs:
+        raise StartupError(
+            "`--rest_api_ssl_keyfile` and `--rest_api_ssl_ca_certs` need `--rest_api_ssl_certfile`. "
+            "Received: none"
+        )
+    return None
+
+
+def _check_rest_port(options: ServerOptions) -> None:
+    for name in ("monitoring_config_file", "rest_api_ssl_certfile"):
+        if getattr(options, name) and not options.rest_api_port:
+            raise StartupError(f"`--{name}` needs `--rest_api_port`. Received: no port of REST")
+
+
+def _metrics_paths(options: ServerOptions) -> tuple[str, ...]:
+    """Returns where the numbers are; TensorFlow Serving's path is added where it is asked for."""
+    paths = ("/metrics",)
+    if not options.monitoring_config_file:
+        return paths
+    config = read_config(options.monitoring_config_file, "MonitoringConfig", "--monitoring_config_file")
+    if not config.prometheus_config.enable:
+        return paths
+    path = config.prometheus_config.path or _PROMETHEUS_PATH
+    if not path.startswith("/") or path.lower().startswith("/v1/"):
+        raise StartupError(
+            f"`path` in `--monitoring_config_file` must begin with / and not with /v1/. Received: {path}"
+        )
+    return (*paths, path)
+
+
 def _end(rest_server: "RestServer | None") -> None:
     if rest_server:
         rest_server.ask_to_stop()
@@ -188,6 +324,8 @@ class LoadedVersion:
         name: The model's name.
         path: The version folder.
         options: The server's.
+        model_options: How it is loaded and run.
+        batching: Runs requests together; None: each is run by itself.
         metrics: Where the numbers of the engine go.
 
     Raises:
@@ -195,13 +333,29 @@ class LoadedVersion:
         ServingError: If a warm-up request fails.
     """
 
-    def __init__(self, name: str, path: Path, options: ServerOptions, metrics: Metrics) -> None:
-        self.servable = Servable(path)
-        self.run = self.servable.run
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        options: ServerOptions,
+        model_options: ModelOptions,
+        batching: Batching | None,
+        metrics: Metrics,
+    ) -> None:
+        self.servable = Servable(path, model_options)
+        self._batcher = batching.make_batcher(self.servable, path) if batching else None
+        self.run = self._batcher.run if self._batcher else self.servable.run
         self._drain_seconds = options.drain_seconds
-        if options.enable_model_warmup:
-            warm_up(self.servable, path, self.run)
         self.served: Served | None = None
+        try:
+            self._prepare(name, path, options, metrics)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, name: str, path: Path, options: ServerOptions, metrics: Metrics) -> None:
+        if options.enable_model_warmup:
+            self._warm_up(path, options.num_request_iterations_for_warmup, metrics)
         model = LanguageModel(name, path, self.servable)
         if model.is_language_model:
             engine = None
@@ -212,10 +366,23 @@ class LoadedVersion:
                 engine = Engine(model.slots, options.max_queue, options.steps_per_turn, metrics, labels)
             self.served = Served(model, engine)
 
+    def _warm_up(self, path: Path, iterations: int, metrics: Metrics) -> None:
+        latency = metrics.histogram(
+            ":tensorflow:serving:model_warmup_latency",
+            "Microseconds that warm-up requests take.",
+            MICROSECONDS,
+            ("model_path", "status"),
+        )
+        begin = time.perf_counter()
+        if warm_up(self.servable, path, self.run, iterations):
+            latency.observe((time.perf_counter() - begin) * 1e6, str(path), "OK")
+
     def close(self) -> None:
         """Finishes what the engine has and frees the rest."""
         if self.served and self.served.engine:
             self.served.engine.close(self._drain_seconds)
+        if self._batcher:
+            self._batcher.close()
         self.servable.close()
 
 
@@ -277,10 +444,16 @@ class RestServer:
         listener: A listening socket.
         executor: The threads that the application uses.
         drain_seconds: How long running requests may take to finish.
+        tls: What connections are encrypted with; None: they are not.
     """
 
     def __init__(
-        self, app: HttpApp, listener: socket.socket, executor: ThreadPoolExecutor, drain_seconds: int
+        self,
+        app: HttpApp,
+        listener: socket.socket,
+        executor: ThreadPoolExecutor,
+        drain_seconds: int,
+        tls: RestTls | None = None,
     ) -> None:
         self._executor = executor
         config = uvicorn.Config(
@@ -290,6 +463,7 @@ class RestServer:
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=drain_seconds,
+            **(tls.uvicorn_options() if tls else {}),
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
@@ -315,6 +489,7 @@ class RestServer:
 
 
 def _start_rest_server(state: ServerState, options: ServerOptions, metrics: Metrics) -> RestServer:
+    tls, metrics_paths = _rest_tls(options), _metrics_paths(options)
     family, address = next(_resolve("--rest_api_port", options.host, options.rest_api_port))
     try:
         listener = socket.create_server(address[:2], family=family, backlog=1024)
@@ -326,6 +501,7 @@ def _start_rest_server(state: ServerState, options: ServerOptions, metrics: Metr
         max_body_bytes=options.max_body_bytes,
         allows_cors=options.rest_api_enable_cors_support,
         has_access_log=options.access_log,
+        metrics_paths=metrics_paths,
     )
     if options.access_log:
         log = logging.getLogger("kerasllm_serving.access")
@@ -333,17 +509,16 @@ def _start_rest_server(state: ServerState, options: ServerOptions, metrics: Metr
         log.addHandler(logging.StreamHandler())
     seconds = options.generation_timeout_in_ms / 1000 or None
     app = HttpApp(state, http_options, executor, metrics, seconds)
-    server = RestServer(app, listener, executor, options.drain_seconds)
+    server = RestServer(app, listener, executor, options.drain_seconds, tls)
     server.start()
     return server
 
 
-def _drain(grpc_server: grpc.Server, rest_server: RestServer | None, seconds: int) -> None:
+def _drain(grpc_server: GrpcServer, rest_server: RestServer | None, seconds: int) -> None:
     """Stops accepting requests on both ports and waits for those that run."""
     if rest_server:
         rest_server.ask_to_stop()
-    grpc_stopped = grpc_server.stop(seconds)
-    grpc_stopped.wait()
+    grpc_server.stop(seconds)
     if rest_server:
         rest_server.wait()
 

@@ -1,5 +1,7 @@
 """Between `TensorProto` and NumPy arrays, with TensorFlow Serving's choice of fields."""
 
+import math
+
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2, types_pb2
@@ -23,6 +25,9 @@ VALUE_FIELDS = {
     types_pb2.DT_COMPLEX64: "scomplex_val",
     types_pb2.DT_COMPLEX128: "dcomplex_val",
 }
+# A list of values may be short: the last one stands for those that are missing. A request of a few bytes
+# must not take all memory.
+_MOST_REPEATED = 2**25
 
 
 def dtype_name(dtype: int) -> str:
@@ -60,8 +65,14 @@ def to_array(proto: tensor_pb2.TensorProto) -> np.ndarray:
         The array; strings are an object array of `bytes`.
 
     Raises:
-        ValueError: If the message is not a valid tensor.
+        ValueError: If the message is not a valid tensor, or a few values that stand for a huge one.
     """
+    size = math.prod(dim.size for dim in proto.tensor_shape.dim)
+    if not proto.tensor_content and size > _MOST_REPEATED and size > proto.ByteSize():
+        raise ValueError(
+            f"`proto` must have a value per element if it has over {_MOST_REPEATED} elements. "
+            f"Received: {size} elements in {proto.ByteSize()} bytes"
+        )
     try:
         # The runtime's own decoder, so that short value lists, `tensor_content` of strings and
         # the like mean what they mean to TensorFlow Serving.

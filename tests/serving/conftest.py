@@ -27,7 +27,7 @@ for name in ("kerasllm", "keras", "tf_keras"):
 runpy.run_module("kerasllm_serving", run_name="__main__", alter_sys=True)
 """
 READY_LINE = re.compile(
-    r"kerasllm_serving: gRPC on (\S+):(?P<grpc>\d+), REST on (off|(\S+):(?P<rest>\d+)), "
+    r"kerasllm_serving: gRPC on (\S+):(?P<grpc>\d+)( and unix:\S+)?, REST on (off|(\S+):(?P<rest>\d+)), "
     r"model (?P<model>\S+) version (?P<version>\d+) ready\n"
 )
 

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from kerasllm_serving.__main__ import main
 from kerasllm_serving.errors import StartupError
-from kerasllm_serving.grpc_service import create_grpc_server
+from kerasllm_serving.grpc_service import GrpcOptions, GrpcServer
 from kerasllm_serving.server import check_port_is_free
 from tensorflow_serving.apis import get_model_status_pb2, predict_pb2
 
@@ -136,9 +136,9 @@ def test_every_address_of_a_host_is_checked(occupied_port):
 
 
 def test_two_grpc_servers_do_not_share_a_port():
-    first, port = create_grpc_server(None, "127.0.0.1:0", max_threads=1)
+    first = GrpcServer(None, "127.0.0.1:0", GrpcOptions(max_threads=1))
     with pytest.raises(StartupError, match="`--port` must be free"):
-        create_grpc_server(None, f"127.0.0.1:{port}", max_threads=1)
+        GrpcServer(None, f"127.0.0.1:{first.port}", GrpcOptions(max_threads=1))
     first.stop(None)
 
 
