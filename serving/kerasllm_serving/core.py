@@ -67,13 +67,17 @@ class ServerCore:
             yield
 
     def predict(
-        self, request: predict_pb2.PredictRequest, timeout_in_ms: int = 0
+        self,
+        request: predict_pb2.PredictRequest,
+        timeout_in_ms: int = 0,
+        as_tensor_content: bool = False,
     ) -> predict_pb2.PredictResponse:
         """Runs one signature.
 
         Args:
             request: The model, the signature, the inputs and, optionally, which outputs.
             timeout_in_ms: Milliseconds after which the run is cancelled; 0 for no limit.
+            as_tensor_content: Whether the answer holds the bytes of tensors instead of typed values.
 
         Returns:
             The outputs, and the name, version and signature that made them.
@@ -82,7 +86,8 @@ class ServerCore:
             ServingError: With TensorFlow Serving's code and message.
         """
         _require_model_spec(request)
-        return self._run(run_predict, "Predict", request.model_spec, request, timeout_in_ms)
+        answer = functools.partial(run_predict, as_tensor_content=as_tensor_content)
+        return self._run(answer, "Predict", request.model_spec, request, timeout_in_ms)
 
     def classify(
         self, request: classification_pb2.ClassificationRequest, timeout_in_ms: int = 0
@@ -218,7 +223,7 @@ class ServerCore:
 
 
 def run_predict(
-    servable: Servable, request: predict_pb2.PredictRequest, run: Run
+    servable: Servable, request: predict_pb2.PredictRequest, run: Run, as_tensor_content: bool = False
 ) -> predict_pb2.PredictResponse:
     """Runs one signature.
 
@@ -226,6 +231,7 @@ def run_predict(
         servable: The loaded version.
         request: The model, the signature, the inputs and, optionally, which outputs.
         run: Runs its graph.
+        as_tensor_content: See `ServerCore.predict`.
 
     Returns:
         The outputs, and the name, version and signature that made them.
@@ -251,9 +257,7 @@ def run_predict(
     response.model_spec.signature_name = signature_name
     for alias, array in zip(aliases, arrays, strict=True):
         try:
-            proto = tensor_proto.from_array(
-                array, signature.outputs[alias].dtype, servable.options.sends_tensor_content
-            )
+            proto = tensor_proto.from_array(array, signature.outputs[alias].dtype, as_tensor_content)
         except ValueError as error:
             raise unimplemented(f"Output {alias} cannot be sent: {error}") from error
         response.outputs[alias].CopyFrom(proto)

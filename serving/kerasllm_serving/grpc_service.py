@@ -1,6 +1,7 @@
 """The gRPC services PredictionService and ModelService, as tensorflow_serving.apis defines them."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
@@ -43,6 +44,7 @@ class GrpcOptions:
         credentials: What connections are encrypted with; None: they are not.
         channel_arguments: Settings of gRPC's core.
         has_health_check: Whether gRPC's own service for health checks answers.
+        sends_tensor_content: Whether answers hold the bytes of tensors instead of typed values.
     """
 
     max_threads: int
@@ -51,6 +53,7 @@ class GrpcOptions:
     credentials: grpc.ServerCredentials | None = None
     channel_arguments: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
     has_health_check: bool = False
+    sends_tensor_content: bool = False
 
 
 class GrpcServer:
@@ -78,7 +81,7 @@ class GrpcServer:
             options=list(settings.items()),
         )
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-            PredictionService(core), self._server
+            PredictionService(core, options.sends_tensor_content), self._server
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), self._server)
         self._server.add_generic_rpc_handlers([_no_profiler()])
@@ -167,16 +170,18 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 
     Args:
         core: What answers the requests.
+        sends_tensor_content: See `GrpcOptions`.
     """
 
-    def __init__(self, core: ServerCore) -> None:
+    def __init__(self, core: ServerCore, sends_tensor_content: bool = False) -> None:
         self._core = core
+        self._predict = functools.partial(core.predict, as_tensor_content=sends_tensor_content)
 
     def Predict(
         self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
     ) -> predict_pb2.PredictResponse:
         """Runs a signature."""
-        return self._run(self._core.predict, "Predict", request.model_spec.name, request, context)
+        return self._run(self._predict, "Predict", request.model_spec.name, request, context)
 
     def Classify(
         self, request: classification_pb2.ClassificationRequest, context: grpc.ServicerContext

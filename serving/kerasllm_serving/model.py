@@ -64,13 +64,11 @@ class ModelOptions:
         tags: The tags of the graph to load.
         session_config: Threads and memory of the runtime.
         checks_method_names: Whether a signature must be declared for the call that asks for it.
-        sends_tensor_content: Whether answers hold the bytes of tensors instead of typed values.
     """
 
     tags: tuple[str, ...] = ("serve",)
     session_config: config_pb2.ConfigProto | None = None
     checks_method_names: bool = False
-    sends_tensor_content: bool = False
 
 
 class Servable:

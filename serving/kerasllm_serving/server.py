@@ -244,7 +244,6 @@ def _make_loader(options: ServerOptions, metrics: Metrics) -> Callable[[str, Pat
         options.saved_model_tags,
         _session_config(options),
         options.enable_signature_method_name_check,
-        options.enable_serialization_as_tensor_content,
     )
     return lambda name, path: LoadedVersion(name, path, options, model_options, batching, metrics)
 
@@ -273,6 +272,7 @@ def _grpc_options(options: ServerOptions) -> GrpcOptions:
         credentials=read_grpc_credentials(options.ssl_config_file) if options.ssl_config_file else None,
         channel_arguments=options.grpc_channel_arguments,
         has_health_check=options.enable_grpc_healthcheck_service,
+        sends_tensor_content=options.enable_serialization_as_tensor_content,
     )
 
 

@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 from kerasllm_serving.__main__ import main
+from kerasllm_serving.core import ServerCore
 from kerasllm_serving.errors import StartupError
 from kerasllm_serving.grpc_service import GrpcOptions, GrpcServer
+from kerasllm_serving.manager import ModelManager
 from kerasllm_serving.server import check_port_is_free
 from tensorflow_serving.apis import get_model_status_pb2, predict_pb2
 
@@ -136,9 +138,10 @@ def test_every_address_of_a_host_is_checked(occupied_port):
 
 
 def test_two_grpc_servers_do_not_share_a_port():
-    first = GrpcServer(None, "127.0.0.1:0", GrpcOptions(max_threads=1))
+    core = ServerCore(ModelManager(None, []))
+    first = GrpcServer(core, "127.0.0.1:0", GrpcOptions(max_threads=1))
     with pytest.raises(StartupError, match="`--port` must be free"):
-        GrpcServer(None, f"127.0.0.1:{first.port}", GrpcOptions(max_threads=1))
+        GrpcServer(core, f"127.0.0.1:{first.port}", GrpcOptions(max_threads=1))
     first.stop(None)
 
 
@@ -151,7 +154,6 @@ def test_one_port_for_both(capsys):
     ("flags", "message"),
     [
         ([], "--model_base_path"),
-        (["--model_base_path=any", "--enable_batching=true"], "--enable_batching=true"),
         (["--model_base_path=any", "--model=any"], "--model=any"),
         (["--model_base_path=any", "--port=65536"], "from 0 to 65535. Received: 65536"),
         (["--model_base_path=any", "--port=a"], "from 0 to 65535. Received: a"),
