@@ -5,7 +5,7 @@ import functools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -24,6 +24,7 @@ from tensorflow_serving.apis import (
 from kerasllm_serving.api_keys import KeyCheck
 from kerasllm_serving.core import ServerCore
 from kerasllm_serving.errors import ServingError, StartupError
+from kerasllm_serving.health import SERVICE, HealthCheck
 
 _MAX_STATUS_BYTES = 1024
 _UNLIMITED = -1
@@ -85,7 +86,9 @@ class GrpcServer:
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), self._server)
         self._server.add_generic_rpc_handlers([_no_profiler()])
-        self._health = _add_health_check(self._server) if options.has_health_check else None
+        self._health = HealthCheck()
+        if options.has_health_check:
+            self._server.add_generic_rpc_handlers([self._health.handler()])
         self.port = self._listen("--port", address, options.credentials)
         if options.socket_path:
             self._listen("--grpc_socket_path", f"unix:{options.socket_path}", options.credentials)
@@ -109,24 +112,8 @@ class GrpcServer:
         Args:
             seconds: How long they may take; None: they are cancelled at once.
         """
-        if self._health:
-            self._health.enter_graceful_shutdown()
+        self._health.stop()
         self._server.stop(seconds).wait()
-
-
-def _add_health_check(server: grpc.Server) -> Any:
-    """Adds gRPC's service, which needs its package; watching clients hold no threads."""
-    try:
-        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-    except ImportError as error:
-        raise StartupError(
-            "`--enable_grpc_healthcheck_service` needs a package: pip install grpcio-health-checking"
-        ) from error
-    servicer = health.HealthServicer(experimental_non_blocking=True)
-    for name in ("", "ModelService", "PredictionService"):
-        servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    return servicer
 
 
 def _no_profiler() -> grpc.GenericRpcHandler:
@@ -159,7 +146,7 @@ class _KeyCheck(grpc.ServerInterceptor):
         self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
 
     def intercept_service(self, continuation, details):
-        if details.method.startswith("/grpc.health.v1.Health/"):
+        if details.method.startswith(f"/{SERVICE}/"):
             return continuation(details)  # as /health over HTTP
         sent = dict(details.invocation_metadata).get("authorization", "")
         return continuation(details) if self._check(sent.encode()) else self._refusal

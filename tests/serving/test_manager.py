@@ -180,6 +180,19 @@ def test_config_file(tmp_path):
             "model_config_list {" + 2 * 'config { name: "a" base_path: "/a" }' + "}",
             "Illegal to list model a multiple times in config list",
         ),
+        (
+            'model_config_list { config { name: "a" base_path: "/a" model_platform: "tflite" } }',
+            "Model a must be of the platform tensorflow. Received: tflite",
+        ),
+        (
+            'model_config_list { config { name: "a" base_path: "/a" logging_config {} } }',
+            "No request-logger-creator provided.",
+        ),
+        (
+            'model_config_list { config { name: "a" base_path: "/a" model_version_policy '
+            "{ specific {} } } }",
+            "Model a must have versions where its policy is specific. Received: none",
+        ),
     ):
         file.write_text(text)
         with pytest.raises(StartupError, match=message):

@@ -15,7 +15,6 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kerasllm_serving.__main__ import main
 from kerasllm_serving.warmup import FILE
 from tensorflow_serving.apis import (
@@ -166,15 +165,18 @@ def test_grpc_wants_a_key(channel):
 
 
 def test_health_checks(channel):
-    stub = health_pb2_grpc.HealthStub(channel)
-    for service in ("", "ModelService", "PredictionService"):
-        answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT)
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.Check(
-            health_pb2.HealthCheckRequest(service="tensorflow.serving.ModelService"), timeout=TIMEOUT
-        )
-    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    """The bytes of grpc.health.v1, without a key, as probes send them: field 1 a name, field 1 SERVING."""
+    check = channel.unary_unary("/grpc.health.v1.Health/Check")
+    for service in (b"", b"ModelService", b"PredictionService"):
+        request = bytes([0x0A, len(service)]) + service if service else b""
+        assert check(request, timeout=TIMEOUT) == b"\x08\x01"
+    for method, request, code in (
+        ("Check", b"\x0a\x05other", grpc.StatusCode.NOT_FOUND),
+        ("Watch", b"", grpc.StatusCode.UNIMPLEMENTED),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary(f"/grpc.health.v1.Health/{method}")(request, timeout=TIMEOUT)
+        assert caught.value.code() is code
 
 
 def test_channel_arguments(channel):

@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 import yaml
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
+from google.protobuf import text_format
+from kerasllm_serving.batching import read_batching_parameters
+from kerasllm_serving.config_files import read_config
 from tensorflow_serving.config import model_server_config_pb2
 
 from kerasllm.data.assets import asset_path
@@ -20,45 +22,6 @@ MODELS = {"my_embedder": [1], "my_model": [1, 2]}
 @pytest.fixture(scope="module")
 def files():
     return {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir() if path.is_file()}
-
-
-def make_message(name, fields):
-    """A message class with fields: name, number, type."""
-    types = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name=f"{name}.proto", package="test", syntax="proto3")
-    message = file.message_type.add(name=name)
-    for field, number, kind in fields:
-        added = message.field.add(name=field, number=number, label=types.LABEL_OPTIONAL)
-        if kind == "int64[]":
-            added.type, added.label = types.TYPE_INT64, types.LABEL_REPEATED
-        elif kind in ("bool", "string"):
-            added.type = {"bool": types.TYPE_BOOL, "string": types.TYPE_STRING}[kind]
-        else:
-            added.type, added.type_name = types.TYPE_MESSAGE, kind
-    pool = descriptor_pool.DescriptorPool()
-    pool.AddSerializedFile(wrappers_pb2.DESCRIPTOR.serialized_pb)
-    file.dependency.append("google/protobuf/wrappers.proto")
-    if name == "MonitoringConfig":
-        inner = file.message_type.add(name="PrometheusConfig")
-        inner.field.add(name="enable", number=1, type=types.TYPE_BOOL, label=types.LABEL_OPTIONAL)
-        inner.field.add(name="path", number=2, type=types.TYPE_STRING, label=types.LABEL_OPTIONAL)
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"test.{name}"))
-
-
-# servables/tensorflow/session_bundle_config.proto and config/monitoring_config.proto, which the package
-# of the protos leaves out.
-NUMBER = ".google.protobuf.Int64Value"
-BATCHING = [
-    ("max_batch_size", 1, NUMBER),
-    ("batch_timeout_micros", 2, NUMBER),
-    ("max_enqueued_batches", 3, NUMBER),
-    ("num_batch_threads", 4, NUMBER),
-    ("thread_pool_name", 5, ".google.protobuf.StringValue"),
-    ("allowed_batch_sizes", 6, "int64[]"),
-    ("pad_variable_length_inputs", 7, "bool"),
-]
-MONITORING = [("prometheus_config", 1, ".test.PrometheusConfig")]
 
 
 def test_the_folder_is_what_the_command_writes(files):
@@ -79,19 +42,17 @@ def test_models_config(files):
 
 
 @pytest.mark.parametrize("most", [1, 3, 32])
-def test_batching_config(most):
-    text = deployment_files(MODELS, max_batch_size=most)["batching.config"]
-    config = text_format.Parse(text, make_message("BatchingParameters", BATCHING)())
-    sizes = list(config.allowed_batch_sizes)
-    # The server refuses a list that does not grow or does not end at the maximum.
-    assert sizes == sorted(set(sizes)) and sizes[-1] == config.max_batch_size.value == most
-    assert config.pad_variable_length_inputs
-    with pytest.raises(text_format.ParseError):
-        text_format.Parse(text + "no_such_field: 1", make_message("BatchingParameters", BATCHING)())
+def test_batching_config(most, tmp_path):
+    """The embedded server takes the file as well, and checks what the official one does."""
+    file = tmp_path / "batching.config"
+    file.write_text(deployment_files(MODELS, max_batch_size=most)["batching.config"])
+    parameters = read_batching_parameters(file)
+    assert parameters.max_batch_size == parameters.allowed_batch_sizes[-1] == most
+    assert parameters.pad_variable_length_inputs and parameters.batch_timeout_micros > 0
 
 
 def test_monitoring_config(files):
-    config = text_format.Parse(files["monitoring.config"], make_message("MonitoringConfig", MONITORING)())
+    config = read_config(FOLDER / "monitoring.config", "MonitoringConfig", "")
     assert config.prometheus_config.enable
     prometheus = yaml.safe_load(files["prometheus.yaml"])
     assert prometheus["scrape_configs"][0]["metrics_path"] == config.prometheus_config.path
