@@ -24,7 +24,7 @@ from tensorflow_serving.apis import (
 from kerasllm_serving.api_keys import KeyCheck
 from kerasllm_serving.core import ServerCore
 from kerasllm_serving.errors import ServingError, StartupError
-from kerasllm_serving.health import SERVICE, HealthCheck
+from kerasllm_serving.health import SERVICE, health_handler
 
 _MAX_STATUS_BYTES = 1024
 _UNLIMITED = -1
@@ -86,9 +86,8 @@ class GrpcServer:
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), self._server)
         self._server.add_generic_rpc_handlers([_no_profiler()])
-        self._health = HealthCheck()
         if options.has_health_check:
-            self._server.add_generic_rpc_handlers([self._health.handler()])
+            self._server.add_generic_rpc_handlers([health_handler()])
         self.port = self._listen("--port", address, options.credentials)
         if options.socket_path:
             self._listen("--grpc_socket_path", f"unix:{options.socket_path}", options.credentials)
@@ -112,7 +111,6 @@ class GrpcServer:
         Args:
             seconds: How long they may take; None: they are cancelled at once.
         """
-        self._health.stop()
         self._server.stop(seconds).wait()
 
 
