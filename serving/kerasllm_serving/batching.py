@@ -356,6 +356,10 @@ class Batcher:
             self._metrics.queuing_latency.observe(
                 (now - task.begin) * 1e6, self._parameters.thread_pool_name
             )
+        self._run_tasks(tasks, fetches)
+
+    def _run_tasks(self, tasks: list[_Task], fetches: frozenset[str]) -> None:
+        now = time.monotonic()
         waiting = [task for task in tasks if task.deadline > now]
         for task in tasks:
             if task not in waiting:
@@ -369,7 +373,7 @@ class Batcher:
             is_of_a_row = isinstance(error, ServingError) and error.code == grpc.StatusCode.INVALID_ARGUMENT
             if len(waiting) > 1 and is_of_a_row:
                 for task in waiting:
-                    self._process([task], fetches)
+                    self._run_tasks([task], fetches)
                 return
             for task in waiting:
                 task.finish(error=error)

@@ -328,6 +328,8 @@ def test_a_bad_row_does_not_hurt_the_others(make):
     assert good.result(SECONDS)["sum"].tolist() == [3.0]
     code, message = refused(bad)
     assert code == "INVALID_ARGUMENT" and "a row must not be negative" in message
+    line = 'queuing_latency_count{thread_pool_name="model_server_batch_threads"} 3'
+    assert f":tensorflow:serving:batching_session:{line}" in asked.metrics.render().splitlines()
 
 
 def test_deadlines(make):
