@@ -308,11 +308,14 @@ class SlotDecoder(tf.Module):
         self._write(memory, known)
         return self._report(memory)
 
+    def _step_rows(self) -> list[int]:
+        """The numbers of first slots that a step is made for, in order."""
+        slots = self._plain[1]
+        return [*(size for size in (1, 8, 64) if size < slots and self._jit_compile), slots]
+
     def _advance(self, used: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
         """Makes tokens in so many first slots, or in some more: XLA compiles for a few numbers only."""
-        slots = self._plain[1]
-        sizes = [size for size in (1, 8, 64) if size < slots] if self._jit_compile else []
-        sizes.append(slots)
+        sizes = self._step_rows()
         functions = [
             tf.function(decode, autograph=False, jit_compile=self._jit_compile)
             for decode in (functools.partial(self._decode, size) for size in sizes)
@@ -384,13 +387,14 @@ class SlotDecoder(tf.Module):
         return {"token_ids": self._plain[0].tokenizer.tokenize_shielded(text[None]).values}
 
     def _sizes(self) -> dict[str, tf.Tensor]:
-        """Numbers: of slots, of tokens in one, of tokens in the vocabulary, of alternatives."""
+        """How many slots, tokens in one, tokens in the vocabulary, alternatives, and rows in a step."""
         generator, slots, length = self._plain
         numbers = {
             "slots": slots,
             "length": length,
             "vocabulary": generator.model.config.vocabulary_size,
             "alternatives": self._most_alternatives(),
+            "step_rows": self._step_rows(),
         }
         return {name: tf.constant(number) for name, number in numbers.items()}
 

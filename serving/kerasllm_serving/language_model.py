@@ -116,7 +116,9 @@ class LoadedSlots:
                 f"A folder with slots must be of this release. Received: {path}, of an older one; "
                 "export it again"
             )
-        sizes = {name: int(number) for name, number in self._slots.sizes().items()}
+        sizes = {name: number.numpy() for name, number in self._slots.sizes().items()}
+        self._step_rows = sizes.pop("step_rows").tolist()
+        sizes = {name: int(number) for name, number in sizes.items()}
         self.slots, self.length = sizes["slots"], sizes["length"]
         self.vocabulary, self.most_alternatives = sizes["vocabulary"], sizes["alternatives"]
         self.can_chat = hasattr(self._slots, "encode_chat")
@@ -128,10 +130,11 @@ class LoadedSlots:
     def warm_up(self) -> None:
         """Runs each function once, for the first run takes seconds."""
         self.reset()
-        self.insert(0, RowRequest(token_ids=[0], max_new_tokens=2))
-        self.step(1)
-        self.alternatives(0)
-        self.free(0)
+        for slot in (rows - 1 for rows in self._step_rows):
+            self.insert(slot, RowRequest(token_ids=[0], max_new_tokens=2))
+            self.step(1)
+            self.alternatives(slot)
+            self.free(slot)
 
     def insert(self, slot: int, row: RowRequest) -> Report:
         """Reads a prompt into a slot and makes its first token; returns the report of all slots."""

@@ -113,10 +113,12 @@ def test_alternatives_and_penalties(random_loaded, random_lm):
         )
 
 
-def test_what_a_server_needs(random_loaded, random_lm):
+def test_what_a_server_needs(random_loaded, compiled_loaded, random_lm):
     slots, tokenizer = random_loaded.slots, random_lm.tokenizer
-    sizes = {name: int(number) for name, number in slots.sizes().items()}
-    assert sizes == {"slots": 3, "length": 64, "vocabulary": 400, "alternatives": 20}
+    sizes = {name: number.numpy().tolist() for name, number in slots.sizes().items()}
+    numbers = {"slots": 3, "length": 64, "vocabulary": 400, "alternatives": 20}
+    assert sizes == {**numbers, "step_rows": [3]}
+    assert compiled_loaded.slots.sizes()["step_rows"].numpy().tolist() == [1, 3]
     end = tokenizer.eos_token
     texts = slots.token_texts(token_ids=tf.constant([tokenizer.special_tokens[end], 5, 399, 400, -1]))[
         "text"
