@@ -483,7 +483,7 @@ def _export(arguments) -> int:
             arguments.docker,
             arguments.license,
             arguments.slots,
-            arguments.jit_compile,
+            arguments.jit_compile is not None,
         )
         if any(others):
             raise ValueError(

@@ -107,7 +107,7 @@ def random_loaded(random_served):
 def compiled_served(random_lm, tmp_path_factory):
     """`random_lm` as a SavedModel whose decoding XLA compiles, that of the slots too."""
     base = tmp_path_factory.mktemp("served") / "compiled"
-    random_lm.export(base / "1", slots=3, jit_compile=True)
+    random_lm.export(base / "1", slots=9, jit_compile=True)
     return base
 
 

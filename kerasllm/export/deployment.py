@@ -118,6 +118,12 @@ def deployment_files(
     }
 
 
+_FLAGS_OF_CALLS = (
+    # A long text takes longer than the 30 seconds that REST calls have.
+    "--rest_api_timeout_in_ms=300000",
+    # For folders exported with `jit_compile`; it changes nothing for others.
+    "--xla_cpu_compilation_enabled=true",
+)
 _FLAGS = (
     "--port=8500",
     "--rest_api_port=8501",
@@ -126,10 +132,7 @@ _FLAGS = (
     "--monitoring_config_file=/config/monitoring.config",
     "--enable_batching=true",
     "--batching_parameters_file=/config/batching.config",
-    # A long text takes longer than the 30 seconds that REST calls have.
-    "--rest_api_timeout_in_ms=300000",
-    # For folders exported with `jit_compile`; it changes nothing for others.
-    "--xla_cpu_compilation_enabled=true",
+    *_FLAGS_OF_CALLS,
 )
 
 
@@ -349,6 +352,8 @@ spec:
       protocolVersion: v1
       runtimeVersion: {IMAGE.rpartition(":")[2]}
       storageUri: s3://my-bucket/served/{name}
+      # Beside those of the runtime: a long text takes long, and some folders are compiled by XLA.
+      args: [{", ".join(_FLAGS_OF_CALLS)}]
       resources:
         requests:
           cpu: "2"
@@ -387,6 +392,9 @@ def _readme(models: dict[str, Sequence[int]], signatures: dict[str, Sequence[str
         "kubectl apply -f tf_serving/kserve.yaml                  # or Kubernetes, see the addresses in it",
         "kerasllm serve " + name + " --rest_api_port=8501              # or without Docker",
         "```",
+        "",
+        "All of these let XLA compile what was exported with `jit_compile`. Of such a folder the first",
+        "call for each number of prompts and each length takes seconds; the image for GPUs cannot run it.",
         "",
         "## Call",
         "",

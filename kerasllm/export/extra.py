@@ -17,6 +17,7 @@ import tensorflow as tf
 from kerasllm.export.signatures import CLASSIFY, Signature, example_inputs, read_signatures
 from kerasllm.export.warmup import FILE_NAME, make_record, write_warmup
 from kerasllm.files import write_json, write_text
+from kerasllm.generation.padding import SHORTEST_LENGTH, buckets
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
 
@@ -24,6 +25,8 @@ MANIFEST = "kerasllm_manifest.json"
 # Tokens of the warm-up requests, and of the answers to them.
 WARMUP_LENGTHS = (8, 64, 512)
 WARMUP_NEW_TOKENS = 4
+# Of the requests for which XLA compiles beforehand: it takes seconds for each of the lengths up to here.
+_LONGEST_COMPILED = 1024
 _EXAMPLE_TEXT = "The quick brown fox jumps over the lazy dog."
 # A cache is megabytes of numbers, which no manifest should hold.
 _MOST_VALUES = 64
@@ -168,6 +171,14 @@ def _warmup_requests(
     texts = _texts(tokenizer, [length for length in WARMUP_LENGTHS if length <= most] or [most])
     token_ids = tokenizer.encode(texts[0])
     requests = []
+    if manifest.get("jit_compile") and "generate" in signatures:
+        # What is compiled for one signature is compiled for all.
+        sizes = buckets(SHORTEST_LENGTH, min(context, _LONGEST_COMPILED))
+        lengths = [size - new_tokens for size in sizes if size - new_tokens <= most]
+        for text in _texts(tokenizer, lengths):
+            requests.append(
+                ("generate", example_inputs(signatures["generate"], [text], token_ids, new_tokens))
+            )
     for name, signature in signatures.items():
         mask = f" {tokenizer.mask_token}" if "num_masks" in signature.outputs else ""
         for text in texts if signature.text_inputs else texts[:1]:
@@ -272,7 +283,8 @@ def grpc_request(
 # The model card
 
 _COMPILED = """
-XLA compiles its decoding: TensorFlow Serving has to be started with `--xla_cpu_compilation_enabled`."""
+XLA compiles its decoding: TensorFlow Serving has to be started with `--xla_cpu_compilation_enabled`, and
+the one for GPUs cannot run it. The first call for each number of prompts and each length takes seconds."""
 
 _PYTHON = """\
 ```python

@@ -193,7 +193,8 @@ def export_saved_model(
 
     An encoder-decoder has all but `chat`, `prefill` and `decode`. What breaks a rule is an INVALID_ARGUMENT
     that fails its whole batch. The graph holds TensorFlow's core ops only, so a stock TensorFlow Serving
-    runs it. `assets.extra/` holds the tokenizer, the generation defaults and a manifest.
+    runs it; what XLA compiles has its XlaDynamicUpdateSlice besides. `assets.extra/` holds the tokenizer,
+    the generation defaults and a manifest.
 
     Token ids of a row do not depend on the rows beside it, but where two tokens are as likely as each
     other to the last bits of float32: sums may be rounded in another way in a batch of another size.
@@ -210,7 +211,8 @@ def export_saved_model(
             come at the same time, for servers that do not.
         jit_compile: Whether XLA compiles the decoding, once for each of a few lengths and numbers of rows.
             A TensorFlow Serving on a CPU refuses calls of such a folder unless it is started with
-            `--xla_cpu_compilation_enabled`, and one on a GPU has no XLA. None: that of the slots of a
+            `--xla_cpu_compilation_enabled`, and one on a GPU has no XLA. The first call for each of them
+            takes seconds; the warm-up requests make those of one prompt. None: that of the slots of a
             large model, which no TensorFlow Serving calls.
         **limits: Fields of `Limits`, the most that a request may ask for.
 

@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from kerasllm.generation.decoding import DecodeState, decode
-from kerasllm.generation.padding import fill_up_rows, fill_up_state
+from kerasllm.generation.padding import fill_up_rows, fill_up_state, power_of_two
 from kerasllm.generation.processors import RowSettings
 from kerasllm.generation.stops import RowTexts, StopWatch
 from kerasllm.layers.xla import traced_for_xla
@@ -25,7 +25,7 @@ def decode_compiled(
     extra: Mapping[str, Any],
     watch: StopWatch,
 ) -> DecodeState:
-    """Generates as `decode` does and looks at each token, with the same result.
+    """Generates as `decode` does and looks at each token, with the same result up to rounding.
 
     XLA compiles for each number of rows, which is rounded up here, and for each length of the sequences,
     which is the caller's to round up.
@@ -38,7 +38,7 @@ def decode_compiled(
         The state; its cache is left out.
     """
     rows = tf.size(state.lengths)
-    size = _power_of_two(rows)
+    size = power_of_two(rows)
     texts, state = state.texts, fill_up_state(state._replace(texts=()), size, for_xla=True)
     # The first row's, for zeros are no settings.
     repeated = tf.where(tf.range(size) < rows, tf.range(size), 0)
@@ -99,9 +99,3 @@ def look_back(
     return texts, state._replace(
         lengths=tf.where(is_first, lengths, state.lengths), active=state.active & (ends == 0)
     )
-
-
-def _power_of_two(count: tf.Tensor) -> tf.Tensor:
-    """Rounds up, int32 `[]`."""
-    powers = tf.constant([2**n for n in range(31)])
-    return tf.reduce_min(tf.boolean_mask(powers, powers >= count))

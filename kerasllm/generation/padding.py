@@ -7,7 +7,7 @@ import tensorflow as tf
 from kerasllm.generation.decoding import DecodeState, pad_to
 from kerasllm.layers.attention import swap_cache_layout
 
-# Of sequences.
+# The smallest bucket of the lengths of sequences.
 SHORTEST_LENGTH = 64
 
 
@@ -26,6 +26,14 @@ def bucket(size: int, smallest: int = 1, limit: int | None = None) -> int:
     return rounded if limit is None else min(rounded, limit)
 
 
+def buckets(smallest: int, limit: int) -> list[int]:
+    """All that `bucket` may return, in order."""
+    found = [bucket(1, smallest, limit)]
+    while found[-1] < limit:
+        found.append(bucket(found[-1] + 1, smallest, limit))
+    return found
+
+
 def bucket_in_graph(size: tf.Tensor, smallest: int, limit: int) -> tf.Tensor:
     """Rounds a size up as `bucket` does.
 
@@ -36,10 +44,14 @@ def bucket_in_graph(size: tf.Tensor, smallest: int, limit: int) -> tf.Tensor:
     Returns:
         Int32 `[]`.
     """
-    buckets = [bucket(1, smallest, limit)]
-    while buckets[-1] < limit:
-        buckets.append(bucket(buckets[-1] + 1, smallest, limit))
-    return tf.reduce_min(tf.boolean_mask(tf.constant(buckets), tf.constant(buckets) >= size))
+    sizes = tf.constant(buckets(smallest, limit))
+    return tf.reduce_min(tf.boolean_mask(sizes, sizes >= size))
+
+
+def power_of_two(count: tf.Tensor) -> tf.Tensor:
+    """Rounds a number of rows up to a power of two, int32 `[]`."""
+    powers = tf.constant([2**n for n in range(31)])  # all of int32
+    return tf.reduce_min(tf.boolean_mask(powers, powers >= count))
 
 
 def fill_up_rows(structure: Any, size: tf.Tensor) -> Any:

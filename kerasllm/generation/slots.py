@@ -25,6 +25,8 @@ from kerasllm.layers.xla import traced_for_xla
 
 # The most alternatives to a token whose log-probabilities are kept, as many as OpenAI's API may ask for.
 MOST_ALTERNATIVES = 20
+# XLA compiles a step for each of these numbers of rows: one takes half the time of eight, four as much.
+_STEP_ROWS = (1, 8, 64)
 # What `insert` takes beside `KNOBS`. No end of the text comes before `min_new_tokens`.
 FURTHER = (
     tf.TensorSpec([None], tf.float32, name="presence_penalty"),
@@ -84,6 +86,8 @@ class SlotDecoder(tf.Module):
                 f"Received: slots={slots}, slot_length={length}"
             )
         self._plain = (generator, slots, length)  # Out of TensorFlow's object tracking.
+        # For those who load a folder and keep only the slots.
+        self.model_variables = [variable.value for variable in generator.model.variables]
         self._jit_compile = jit_compile
         specs = self._trace()
         # No rows until `reset`, so that a file has none of them.
@@ -123,7 +127,12 @@ class SlotDecoder(tf.Module):
         bias = self._bias(knobs.pop("bias_ids"), knobs.pop("bias_values"))
         least = knobs.pop("min_new_tokens")
         lengths = tf.shape(token_ids)  # one row
-        knobs = after(generator._check_knobs(lengths, knobs), knobs)
+        rules = [
+            rule(tf.math.is_finite(knobs[name]), f"`{name}` must be finite. Received: {{}}.", knobs[name])
+            for name in ("presence_penalty", "frequency_penalty")
+        ]
+        rules.append(rule(least >= 0, "`min_new_tokens` must be at least 0. Received: {}.", least))
+        knobs = after([*generator._check_knobs(lengths, knobs), *rules], knobs)
         uniform = uniform_numbers(knobs["seed"], tf.constant(length))
         settings = generator._settings(tf.constant(1), knobs)
         settings = settings._replace(
@@ -311,7 +320,7 @@ class SlotDecoder(tf.Module):
     def _step_rows(self) -> list[int]:
         """The numbers of first slots that a step is made for, in order."""
         slots = self._plain[1]
-        return [*(size for size in (1, 8, 64) if size < slots and self._jit_compile), slots]
+        return [*(size for size in _STEP_ROWS if size < slots and self._jit_compile), slots]
 
     def _advance(self, used: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
         """Makes tokens in so many first slots, or in some more: XLA compiles for a few numbers only."""

@@ -1,5 +1,6 @@
 """What the tasks that write text have in common."""
 
+import contextlib
 import dataclasses
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -244,6 +245,19 @@ class GeneratingTask(Task):
         if self._engine is None or self._engine.model is not self.model:
             self._engine = Engine(self.model)
         return self._engine
+
+    @contextlib.contextmanager
+    def decoding_compiled(self, jit_compile: bool) -> Iterator[None]:
+        """While this is open, XLA compiles the decoding, or does not, whatever the size of the model.
+
+        Args:
+            jit_compile: Whether it does.
+        """
+        before, self._engine = self._engine, Engine(self.model, jit_compile)
+        try:
+            yield
+        finally:
+            self._engine = before
 
     def _configs(self, count: int, max_new_tokens, settings) -> list[GenerationConfig]:
         """A configuration for each prompt."""

@@ -111,12 +111,13 @@ class LoadedSlots:
     def __init__(self, path: Path) -> None:
         self._loaded = tf.saved_model.load(str(path))  # kept, for it owns the variables
         self._slots = self._loaded.slots
-        if not hasattr(self._slots, "sizes"):
+        sizes = self._slots.sizes() if hasattr(self._slots, "sizes") else {}
+        if "step_rows" not in sizes:
             raise StartupError(
                 f"A folder with slots must be of this release. Received: {path}, of an older one; "
                 "export it again"
             )
-        sizes = {name: number.numpy() for name, number in self._slots.sizes().items()}
+        sizes = {name: number.numpy() for name, number in sizes.items()}
         self._step_rows = sizes.pop("step_rows").tolist()
         sizes = {name: int(number) for name, number in sizes.items()}
         self.slots, self.length = sizes["slots"], sizes["length"]
@@ -131,7 +132,7 @@ class LoadedSlots:
         """Runs each function once, for the first run takes seconds."""
         self.reset()
         for slot in (rows - 1 for rows in self._step_rows):
-            self.insert(slot, RowRequest(token_ids=[0], max_new_tokens=2))
+            self.insert(slot, RowRequest(token_ids=[0], max_new_tokens=2, min_new_tokens=2))
             self.step(1)
             self.alternatives(slot)
             self.free(slot)

@@ -97,7 +97,7 @@ def test_an_embedder_fills_batches_up(tokenizer, tmp_path):
         [lambda text=text: served.signatures["embed"](text=tf.constant([text])) for text in PROMPTS]
     )
     vectors = np.concatenate([answer["embedding"].numpy() for answer in answers])
-    np.testing.assert_allclose(vectors, embedder.encode(PROMPTS), atol=1e-4)
+    np.testing.assert_allclose(vectors, embedder.encode(PROMPTS), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="must end with `max_batch_size`, 6. Received: .4, 8."):
         embedder.export(tmp_path / "2", batching=batching, max_batch_size=6)
     assert not (tmp_path / "2").exists()

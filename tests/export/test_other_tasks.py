@@ -67,7 +67,7 @@ def test_seq2seq(tokenizer, tmp_path):
     logits = np.asarray(task({"source_ids": source, "token_ids": target}))[0].astype("float64")
     values = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = values[np.arange(len(ids)), ids].sum()
-    assert outputs["logprob"].numpy()[0] == pytest.approx(expected, abs=1e-3)
+    assert outputs["logprob"].numpy()[0] == pytest.approx(expected, rel=1e-5, abs=1e-5)
     with pytest.raises(ValueError, match="Slots are for models that continue"):
         task.export(tmp_path / "2", slots=2)
 

@@ -37,9 +37,9 @@ def live_row(task, request):
 SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.parametrize("fixture", ["random_loaded", "compiled_loaded"])
+@pytest.mark.parametrize(("fixture", "size"), [("random_loaded", 3), ("compiled_loaded", 9)])
 @pytest.mark.parametrize("count", [12, pytest.param(200, marks=SLOW)])
-def test_random_joins_and_leaves(request, fixture, random_lm, count):
+def test_random_joins_and_leaves(request, fixture, size, random_lm, count):
     slots = request.getfixturevalue(fixture).slots
     with pytest.raises(tf.errors.InvalidArgumentError, match="must be made by `reset`"):
         slots.step(steps=tf.constant(1))
@@ -47,16 +47,20 @@ def test_random_joins_and_leaves(request, fixture, random_lm, count):
     rng = random.Random(7)
     waiting, running, done = list(random_requests(count, seed=3)), {}, 0
     while waiting or running:
-        free = [slot for slot in range(3) if slot not in running]
+        free = [slot for slot in range(size) if slot not in running]
+        before, steps = report["num_tokens"], 0
         if waiting and free and rng.random() < 0.7:
             slot, request = rng.choice(free), waiting.pop()
             ids = tf.constant(random_lm.tokenizer.encode(request["prompt"]))
             report = slots.insert(slot=tf.constant(slot), token_ids=ids, **arguments(request))
             running[slot] = request
         else:
-            report = slots.step(steps=tf.constant(rng.randint(1, 6)))
+            steps = rng.randint(1, 6)
+            report = slots.step(steps=tf.constant(steps))
         report = {name: value.numpy() for name, value in report.items()}
         for slot, request in list(running.items()):
+            if steps and report["active"][slot]:
+                assert report["num_tokens"][slot] == before[slot] + steps
             if not report["active"][slot] or rng.random() < 0.05:
                 live = live_row(random_lm, request)
                 number = report["num_tokens"][slot]
@@ -118,7 +122,7 @@ def test_what_a_server_needs(random_loaded, compiled_loaded, random_lm):
     sizes = {name: number.numpy().tolist() for name, number in slots.sizes().items()}
     numbers = {"slots": 3, "length": 64, "vocabulary": 400, "alternatives": 20}
     assert sizes == {**numbers, "step_rows": [3]}
-    assert compiled_loaded.slots.sizes()["step_rows"].numpy().tolist() == [1, 3]
+    assert compiled_loaded.slots.sizes()["step_rows"].numpy().tolist() == [1, 8, 9]
     end = tokenizer.eos_token
     texts = slots.token_texts(token_ids=tf.constant([tokenizer.special_tokens[end], 5, 399, 400, -1]))[
         "text"

@@ -8,7 +8,7 @@ from reference.weights import randomize
 
 from kerasllm import GenerationConfig
 from kerasllm.generation import Engine, Row
-from kerasllm.generation.padding import bucket
+from kerasllm.generation.padding import bucket, buckets
 from kerasllm.generation.sampling import uniform_numbers
 from kerasllm.models import Llama, LlamaConfig
 
@@ -152,6 +152,7 @@ def test_buckets():
     sizes = [bucket(size, 64, 1000) for size in (1, 64, 65, 96, 97, 128, 129, 192, 193, 600, 800)]
     assert sizes == [64, 64, 96, 96, 128, 128, 192, 192, 256, 768, 1000]
     assert [bucket(size) for size in (1, 2, 3, 4, 5, 6, 7)] == [1, 2, 3, 4, 6, 6, 8]
+    assert buckets(64, 200) == [64, 96, 128, 192, 200] and buckets(64, 50) == [50]
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,8 @@ def test_published_fields(files):
             for key, part in value.items():
                 assert key in classes[kind], f"{place}.{key}"
                 check(part, classes[kind][key], f"{place}.{key}")
+        elif kind == "list[str]":
+            assert all(type(part) is str for part in value), place
         elif kind in plain:
             assert type(value) is plain[kind], place
         else:  # Kubernetes' own
