@@ -1,5 +1,6 @@
 """The exported folder answers where kerasllm is not installed and TensorFlow is that of TF Serving."""
 
+import functools
 import json
 import os
 import pathlib
@@ -9,7 +10,23 @@ import sys
 import urllib.request
 
 import pytest
+from reference.weights import randomize
 
+from kerasllm import (
+    T5,
+    Bert,
+    BertConfig,
+    CausalLM,
+    GenerationConfig,
+    Llama,
+    LlamaConfig,
+    MaskedLM,
+    Seq2SeqLM,
+    SequenceClassifier,
+    T5Config,
+    TextEmbedder,
+    train_tokenizer,
+)
 from kerasllm.export.verify import format_checks, verify_export
 
 # One group: with --dist=loadgroup one process builds the environment and runs them all.
@@ -21,8 +38,8 @@ pytestmark = [
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ["Once upon a time", "The"]
-# The newest TensorFlow Serving is built on 2.20.
-TENSORFLOW = ["tensorflow==2.20.*", "tensorflow-text==2.20.*"]
+# The newest TensorFlow Serving is built on the first.
+VERSIONS = ["2.20", "2.21"]
 SERVER = ["grpcio", "tensorflow-serving-api==2.20.*", "uvicorn", "jinja2", "tokenizers"]
 
 
@@ -35,13 +52,44 @@ def install(python, packages):
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """A Python with TensorFlow 2.20 and nothing else."""
-    folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    python = str(folder / "bin" / "python")
-    install(python, TENSORFLOW)
-    return python
+def make_python(tmp_path_factory):
+    """Makes Pythons with a version of TensorFlow and nothing else, each once."""
+
+    @functools.cache
+    def make(version):
+        folder = tmp_path_factory.mktemp("environment")
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        python = str(folder / "bin" / "python")
+        install(python, [f"tensorflow=={version}.*", f"tensorflow-text=={version}.*"])
+        return python
+
+    return make
+
+
+@pytest.fixture
+def python(make_python):
+    return make_python(VERSIONS[0])
+
+
+def make_task(kind, tokenizer, stories):
+    """A small model with large random weights."""
+    if kind in ("CausalLM", "Seq2SeqLM"):
+        sizes = {"vocabulary_size": 400, "context_length": 64, "num_layers": 2, "num_heads": 4, "dim": 32}
+        if kind == "CausalLM":
+            model = Llama(LlamaConfig(**sizes, num_kv_heads=2, intermediate_dim=48))
+            return CausalLM(randomize(model), tokenizer, GenerationConfig(max_new_tokens=8))
+        model = T5(T5Config(**sizes, num_decoder_layers=1, decoder_start_id=3))
+        return Seq2SeqLM(randomize(model), tokenizer, GenerationConfig(max_new_tokens=8))
+    word_pieces = train_tokenizer("wordpiece", stories[:50], 300)
+    tasks = {
+        "MaskedLM": (MaskedLM, "masked_lm", {}),
+        "SequenceClassifier": (SequenceClassifier, "classifier", {"labels": ("bad", "good")}),
+        "TextEmbedder": (TextEmbedder, None, {}),
+    }
+    task, head, fields = tasks[kind]
+    sizes = {"vocabulary_size": word_pieces.vocabulary_size, "context_length": 32}
+    config = BertConfig(**sizes, num_layers=2, num_heads=4, dim=32, **fields)
+    return task(randomize(Bert(config, head=head)), word_pieces)
 
 
 def environment(**values):
@@ -90,9 +138,38 @@ def test_server(python, served, causal_lm, tmp_path):
         assert server.wait(60) == 0
 
 
-def test_every_signature(python, served, causal_lm, monkeypatch):
-    """What `export --verify` compares, and the warm-up requests, with the TensorFlow of TF Serving."""
-    monkeypatch.setattr(sys, "executable", python)
+@pytest.fixture(scope="module")
+def export(served, causal_lm, tokenizer, stories, tmp_path_factory):
+    """Exports a model of each kind once: the folder and the task."""
+
+    @functools.cache
+    def make(kind):
+        if kind == "trained GPT-2":
+            return served / "1", causal_lm
+        task = make_task(kind.removesuffix(", compiled"), tokenizer, stories)
+        options = {"jit_compile": True} if kind.endswith("compiled") else {}
+        return task.export(tmp_path_factory.mktemp("export") / "1", **options), task
+
+    return make
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "trained GPT-2",
+        "CausalLM",
+        "CausalLM, compiled",
+        "Seq2SeqLM",
+        "MaskedLM",
+        "SequenceClassifier",
+        "TextEmbedder",
+    ],
+)
+def test_every_signature(make_python, export, kind, version, monkeypatch):
+    """What `export --verify` compares, and the warm-up requests."""
+    monkeypatch.setattr(sys, "executable", make_python(version))
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    checks = verify_export(served / "1", causal_lm)
+    checks = verify_export(*export(kind))
     assert not [check for check in checks if check.problem], format_checks(checks)
+    assert {"warm-up requests", "reference tokenizer"} < {check.name for check in checks}

@@ -91,7 +91,9 @@ def look_back(
         return longer, seen.active & (longer < made), seen.texts
 
     lengths, _, texts = tf.while_loop(
-        lambda lengths, active, texts: tf.reduce_any(active), look, [before, before < made, texts]
+        lambda lengths, active, texts: tf.reduce_any(active),
+        look,
+        [before, (before < made) & watch.is_needed, texts],
     )
     lengths = tf.where(texts.end < 0, made, lengths)
     is_first = tf.range(size) < rows

@@ -207,6 +207,10 @@ def test_command(make_bert, word_pieces, tmp_path, capsys):
     assert "only with `overwrite`" in capsys.readouterr().err
     assert main(["export", folder, str(tmp_path / "x.tflite"), "--verify"]) == 1
     assert "takes none of --overwrite" in capsys.readouterr().err
+    assert main(["export", folder, str(tmp_path / "x.tflite"), "--no-jit-compile"]) == 1
+    assert "takes none of --overwrite" in capsys.readouterr().err
+    assert main(["export", folder, str(tmp_path / "x" / "1"), "--jit-compile"]) == 1
+    assert "`--jit-compile` is for models that write text" in capsys.readouterr().err
 
 
 def test_masked_lm_passes(make_bert, word_pieces, tmp_path):
