@@ -601,7 +601,8 @@ class TestTransformers:
                 ids, index = tf.constant(self.IDS[:, place : place + 8]), tf.constant([place] * 3)
                 logits, cache = decode(ids, cache=cache, cache_index=index)
                 seen, part = counted[:, place : place + 8], right[:, place : place + 8]
-                np.testing.assert_allclose(to_numpy(logits)[seen], part[seen], rtol=0, atol=1e-4)
+                # Either is up to 6e-5 from float64, and by which of its sums depends on the processor.
+                np.testing.assert_allclose(to_numpy(logits)[seen], part[seen], rtol=1e-4, atol=1e-4)
 
     def test_other_heads(self, model_type, changes):
         import torch
