@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,6 +179,7 @@ def load_folder(
     folder: str | os.PathLike,
     head: str | None = "default",
     dtype: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Checkpoint:
     """Reads a model in Hugging Face's layout; the family is found from `config.json`.
 
@@ -189,6 +190,7 @@ def load_folder(
         folder: The folder.
         head: One of the family's `heads`. `"default"`: the one that config.json names.
         dtype: Keras dtype policy of the model. None: Keras's default.
+        labels: As in `load_checkpoint`.
 
     Returns:
         The model with its tokenizer and generation settings.
@@ -203,7 +205,7 @@ def load_folder(
         raise FileNotFoundError(_NEEDED.format(folder / CONFIG))
     values = read_json(folder / CONFIG)
     with open_weights(folder) as source:
-        model = load_model(values, source, head, dtype)
+        model = load_model(values, source, head, dtype, labels)
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gguf
@@ -149,6 +149,7 @@ def load_gguf(
     path: str | os.PathLike,
     head: str | None = "default",
     dtype: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Checkpoint:
     """Loads a model with its tokenizer from a GGUF file; quantised weights become floats.
 
@@ -156,6 +157,7 @@ def load_gguf(
         path: The file.
         head: One of the family's `heads`. `"default"`: the one that the file has.
         dtype: Keras dtype policy of the model. None: Keras's default.
+        labels: As in `load_checkpoint`.
 
     Returns:
         The model with its tokenizer and generation settings.
@@ -167,7 +169,7 @@ def load_gguf(
     with GGUFFile(path) as file:
         architecture = _find_architecture(file)
         values = huggingface_config(file)
-        model = load_model(values, _NamedTensors(file, architecture, values), head, dtype)
+        model = load_model(values, _NamedTensors(file, architecture, values), head, dtype, labels)
         tokenizer, generation = read_tokenizer(file.metadata)
         pooling = _read_pooling(file)
     return Checkpoint(model, tokenizer, generation, pooling)

@@ -326,7 +326,10 @@ def is_kerashub_preset(folder: pathlib.Path) -> bool:
 
 
 def load_kerashub(
-    folder: str | os.PathLike, head: str | None = "default", dtype: str | None = None
+    folder: str | os.PathLike,
+    head: str | None = "default",
+    dtype: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Checkpoint:
     """Loads a preset of KerasHub: GPT-2, Llama, BERT or T5.
 
@@ -334,6 +337,7 @@ def load_kerashub(
         folder: The preset's folder.
         head: One of the family's `heads`. `"default"`: the one that the preset has.
         dtype: Keras dtype policy of the model. None: Keras's default.
+        labels: As in `load_checkpoint`.
 
     Returns:
         The model with its tokenizer and, of a Llama 3, the tokens that end a text.
@@ -351,7 +355,7 @@ def load_kerashub(
         )
     with _H5Weights(folder / _WEIGHTS, values, backbone) as source:
         values.setdefault("tie_word_embeddings", "lm_head.weight" not in source.shapes)
-        model = load_model(values, source, head, dtype)
+        model = load_model(values, source, head, dtype, labels)
     return Checkpoint(model, *_read_tokenizer(folder, backbone))
 
 

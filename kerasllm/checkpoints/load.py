@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 
 from kerasllm.checkpoints.folder import Checkpoint, load_folder, pickle_message, save_folder
 from kerasllm.checkpoints.gguf_model import load_gguf
@@ -34,6 +35,7 @@ def load_checkpoint(
     head: str | None = "default",
     dtype: str | None = None,
     revision: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Checkpoint:
     """Loads a model from a folder, a GGUF file, a hub or a KerasHub preset.
 
@@ -45,6 +47,7 @@ def load_checkpoint(
         head: One of the family's `heads`. `"default"`: the one that the checkpoint names.
         dtype: Keras dtype policy of the model, such as `"bfloat16"`. None: Keras's default.
         revision: Branch, tag or commit on the hub. None: its main branch.
+        labels: Names of a classifier's classes, instead of those that the checkpoint names. None: those.
 
     Returns:
         The model with its tokenizer and generation settings.
@@ -60,10 +63,10 @@ def load_checkpoint(
             raise ValueError(pickle_message([path.name]))
         if path.suffix != ".gguf":
             raise ValueError(f"A checkpoint must be a folder or a .gguf file. Received: {path}")
-        return load_gguf(path, head, dtype)
+        return load_gguf(path, head, dtype, labels)
     if is_kerashub_preset(path):
-        return load_kerashub(path, head, dtype)
-    return load_folder(path, head, dtype)
+        return load_kerashub(path, head, dtype, labels)
+    return load_folder(path, head, dtype, labels)
 
 
 def convert(source: str | os.PathLike, folder: str | os.PathLike, dtype: str | None = None) -> pathlib.Path:

@@ -1,5 +1,6 @@
 """From the tensors of a checkpoint to a model, one tensor at a time."""
 
+import dataclasses
 import sys
 import time
 import warnings
@@ -32,6 +33,7 @@ def load_model(
     source: TensorSource,
     head: str | None = "default",
     dtype: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> LanguageModel:
     """Makes the model of a `config.json` and fills it from a checkpoint's tensors.
 
@@ -43,6 +45,7 @@ def load_model(
         source: The tensors, under the names of Hugging Face.
         head: One of the family's `heads`. `"default"`: the one that config.json names.
         dtype: Keras dtype policy of the model. None: Keras's default.
+        labels: Names of the classes instead of those in config.json. None: those.
 
     Returns:
         The model.
@@ -56,6 +59,8 @@ def load_model(
         head = find_head(values) if head == "default" else head
         _check_sizes(values, source)
         config = family.config_class.from_huggingface(values)
+        if labels is not None:
+            config = dataclasses.replace(config, labels=tuple(labels))
         model = build_without_values(lambda: family(config, head=head, dtype=dtype))
     except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(

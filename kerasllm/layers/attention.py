@@ -12,6 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from kerasllm.layers.dense import Dense
 from kerasllm.layers.dropout import Dropout
 from kerasllm.layers.gradient import forget_inside
 from kerasllm.layers.norm import RMSNorm
@@ -399,7 +400,7 @@ class MultiHeadAttention(keras.layers.Layer):
         )
 
         def dense(name, units, use_bias, initializer_range):
-            return keras.layers.Dense(
+            return Dense(
                 units,
                 use_bias=use_bias,
                 kernel_initializer=keras.initializers.RandomNormal(stddev=initializer_range),

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from kerasllm.layers.dense import multiply_with_rows
 from kerasllm.layers.gradient import is_traced_for_gradient
 from kerasllm.layers.precision import waiting_for
 from kerasllm.layers.shapes import flatten, unflatten
@@ -82,8 +83,8 @@ class TokenEmbedding(keras.layers.Layer):
         elif is_traced_for_gradient():
             # Reshaped, it is a value and no variable, which would want a gradient of its own kind.
             logits = _score(flat, ops.reshape(table, (self.vocabulary_size, self.dim)))
-        elif is_traced_for_xla():  # where a wide table is multiplied several times faster from the left
-            logits = ops.transpose(ops.matmul(table, ops.transpose(flat)))
+        elif is_traced_for_xla():
+            logits = multiply_with_rows(table, flat)
         else:
             logits = ops.matmul(flat, ops.transpose(table))
         if self.embeddings_scale is not None:

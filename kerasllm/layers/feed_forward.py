@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from kerasllm.layers.dense import Dense
 from kerasllm.layers.dropout import Dropout
 from kerasllm.layers.gradient import forget_inside
 from kerasllm.layers.shapes import flatten, unflatten
@@ -54,7 +55,7 @@ class _FeedForward(keras.layers.Layer):
         dim = input_shape[-1]
 
         def dense(name, units, width, initializer_range):
-            layer = keras.layers.Dense(
+            layer = Dense(
                 units,
                 use_bias=self.use_bias,
                 kernel_initializer=keras.initializers.RandomNormal(stddev=initializer_range),

@@ -5,13 +5,16 @@ import dataclasses
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import tensorflow as tf
+
 from kerasllm.checkpoints import Checkpoint
 from kerasllm.generation import Completion, ConstraintFactory, Engine, GenerationConfig, Row, run, run_beams
 from kerasllm.models import LanguageModel
 from kerasllm.tasks.base import Task, require_tensorflow
 from kerasllm.tokenizers import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray
 
 
 class GeneratingTask(Task):
@@ -74,9 +77,10 @@ class GeneratingTask(Task):
         """Generates text from one prompt or several.
 
         Args:
-            prompts: A text, or token ids, or several of these. They may differ in length; each result is
-                what the prompt alone would give. A special token or a chat's mark that is spelled out in
-                a text is plain text there, for prompts are not trusted; messages are for `chat`.
+            prompts: A text, or token ids (a list or an array), or several of these. They may differ in
+                length; each result is what the prompt alone would give. A special token or a chat's mark
+                that is spelled out in a text is plain text there, for prompts are not trusted; messages
+                are for `chat`.
             max_new_tokens: Most tokens to generate. None: the config's number, or less where the
                 context ends before.
             n: How many results for each prompt: as many draws, or the best beams of a beam search.
@@ -103,6 +107,7 @@ class GeneratingTask(Task):
             ValueError: If a prompt is empty or does not fit into the context, or a setting is out of
                 range.
         """
+        prompts = _to_python(prompts)
         single = _is_single(prompts)
         generation = self._generation(prompts, max_new_tokens, n=n, stream=stream, **settings)
         self._require_tokenizer()
@@ -152,7 +157,8 @@ class GeneratingTask(Task):
         assistant_model=None,
         **settings,
     ) -> Generator[tuple[int, str], None, list[Completion]]:
-        prompts = [prompts] if _is_single(prompts) else list(prompts)
+        prompts = _to_python(prompts)
+        prompts = [prompts] if _is_single(prompts) else prompts
         if n < 1 or (logprobs is not None and logprobs < 0):
             raise ValueError(
                 "`n` must be at least 1, and `logprobs` at least 0 or None. "
@@ -335,6 +341,15 @@ def _same_tokens(first: Tokenizer, second: Tokenizer) -> bool:
     if first.vocabulary_size != second.vocabulary_size:
         return False
     return all(first.id_to_token(id) == second.id_to_token(id) for id in range(first.vocabulary_size))
+
+
+def _to_python(prompts):
+    """Arrays and tensors of token ids, also in a list, and NumPy's numbers, as Python's."""
+    if isinstance(prompts, list | tuple):
+        return [_to_python(prompt) for prompt in prompts]
+    if isinstance(prompts, np.ndarray | np.integer | tf.Tensor):
+        return np.asarray(prompts).tolist()
+    return prompts
 
 
 def _is_single(prompts) -> bool:

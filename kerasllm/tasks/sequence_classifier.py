@@ -1,5 +1,6 @@
 """A model that classifies texts: labels, several labels at once, or numbers."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from kerasllm.checkpoints import load_checkpoint
 from kerasllm.data import padded_batches
 from kerasllm.export import export_classifier
 from kerasllm.generation import Limits
@@ -35,7 +37,9 @@ class SequenceClassifier(Training, TextTask):
     Example:
 
     ```python
-    model = kerasllm.SequenceClassifier.from_pretrained("distilbert/distilbert-base-uncased")
+    model = kerasllm.SequenceClassifier.from_pretrained(
+        "distilbert/distilbert-base-uncased", labels=["bad", "good"]
+    )
     model.compile()
     model.fit(["What a film!", "I left early."], [1, 0], epochs=3)
     model.classify("Best of the year.")
@@ -50,6 +54,36 @@ class SequenceClassifier(Training, TextTask):
             raise ValueError(
                 f"`problem_type` must be None or one of {PROBLEM_TYPES}. Received: {self.problem_type!r}"
             )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        dtype: str | None = None,
+        revision: str | None = None,
+        labels: int | Sequence[str] | None = None,
+    ) -> "SequenceClassifier":
+        """Loads a checkpoint.
+
+        Args:
+            source, dtype, revision: As in `Task.from_pretrained`.
+            labels: The names of the classes, or how many there are. None: those that the checkpoint names,
+                or two. A head that the checkpoint has must have as many.
+
+        Returns:
+            The classifier. Where the checkpoint has another head, that of the task is new and untrained,
+            and a warning says so.
+
+        Raises:
+            FileNotFoundError, ValueError: As `kerasllm.checkpoints.load_checkpoint`.
+        """
+        if isinstance(labels, int):
+            labels = [f"LABEL_{number}" for number in range(labels)]
+        if labels is not None and (isinstance(labels, str) or not labels or len(set(labels)) < len(labels)):
+            raise ValueError(
+                f"`labels` must be a positive number or a list of different names. Received: {labels!r}"
+            )
+        return cls._from_checkpoint(load_checkpoint(source, cls.head, dtype, revision, labels))
 
     @property
     def problem_type(self) -> str:

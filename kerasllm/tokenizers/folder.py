@@ -61,12 +61,14 @@ def read_folder(folder: Path) -> tuple[str, dict[str, Any]]:
 
         tokens = _read_text(folder / WORD_PIECE_VOCABULARY).split("\n")
         tokens = [token.removesuffix("\r") for token in tokens]
-        return json_from_vocab(tokens[:-1] if tokens[-1] == "" else tokens, settings), settings
+        text = json_from_vocab(tokens[:-1] if tokens[-1] == "" else tokens, settings)
+        return _with_added_tokens(folder, text, settings), settings
     for name in SENTENCE_PIECE_MODELS:
         if (folder / name).is_file():
             from kerasllm.tokenizers.sentencepiece_model import json_from_model
 
-            return json_from_model((folder / name).read_bytes(), settings), settings
+            text = json_from_model((folder / name).read_bytes(), settings)
+            return _with_added_tokens(folder, text, settings), settings
     expected = [TOKENIZER, *("+".join(pair) for pair in VOCABULARY_AND_MERGES), WORD_PIECE_VOCABULARY]
     raise FileNotFoundError(
         f"A tokenizer's folder must hold one of {[*expected, *SENTENCE_PIECE_MODELS]}. Received: {folder}"
@@ -175,6 +177,17 @@ def _byte_bpe_json(folder: Path, vocabulary: str, merges: str, settings: dict[st
 _NO_OPTIONS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 
 
+def _with_added_tokens(folder: Path, text: str, settings: dict[str, Any]) -> str:
+    """A tokenizer.json with those added tokens besides that it does not have yet."""
+    added = _added_tokens(folder, {}, settings)
+    if not added:
+        return text
+    config = json.loads(text)
+    known = {token["content"] for token in config["added_tokens"]}
+    config["added_tokens"] += [token for token in added if token["content"] not in known]
+    return json.dumps(config, ensure_ascii=False)
+
+
 def _added_tokens(folder: Path, tokens: dict[str, int], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The added tokens that the settings and added_tokens.json name, by id."""
     added = {}
@@ -197,8 +210,14 @@ def _added_tokens(folder: Path, tokens: dict[str, int], settings: dict[str, Any]
         if not isinstance(options, dict):
             # RoBERTa's mask takes the space before it with it.
             options = {"lstrip": content == "<mask>"}
-        special = {"special": content in named}
-        added[content] = _NO_OPTIONS | options | special | {"content": content, "id": token_id}
+        added[content] = {
+            **_NO_OPTIONS,
+            "normalized": content not in named,
+            **options,
+            "special": content in named,
+            "content": content,
+            "id": token_id,
+        }
     return sorted(added.values(), key=lambda token: token["id"])
 
 

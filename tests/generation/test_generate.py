@@ -163,7 +163,7 @@ def test_bad_input_is_refused(causal_lm, prompt, settings, message):
 
 
 def test_bad_prompts_are_refused(causal_lm):
-    for prompts in ([], ["a", None], [[]], [[0.5]], [[-1]], [[400]], None):
+    for prompts in ([], ["a", None], [[]], [[0.5]], [[-1]], [[400]], None, np.array([0.5]), np.array(7)):
         with pytest.raises((ValueError, TypeError)):
             causal_lm.generate(prompts)
     with pytest.raises(ValueError, match="needs a tokenizer"):
@@ -262,6 +262,10 @@ def test_token_ids_in_and_out(random_lm):
     ids = random_lm.tokenizer.encode("Once upon")
     assert random_lm.generate(ids, 5) == random_lm.generate("Once upon", 5)
     assert random_lm.generate([ids, "Once upon"], 5) == [random_lm.generate("Once upon", 5)] * 2
+    for one in (np.array(ids), tf.constant(ids), list(np.array(ids))):
+        assert random_lm.generate(one, 5) == random_lm.generate("Once upon", 5)
+        assert random_lm.generate([one, "Once upon"], 5) == random_lm.generate([ids] * 2, 5)
+    assert random_lm.generate(np.array([ids] * 2), 5) == random_lm.generate([ids] * 2, 5)
     (row,) = CausalLM(random_lm.model).generate_tokens(ids, 5)
     assert row.text is None and row.token_ids == random_lm.generate_tokens(ids, 5)[0].token_ids
 

@@ -8,6 +8,7 @@ from reference.checks import assert_close, to_numpy
 from reference.weights import randomize
 from reference.word_piece import make_word_piece
 
+from kerasllm.checkpoints import save_folder
 from kerasllm.models import GPT2, Bert, BertConfig, GPT2Config
 from kerasllm.tasks import SequenceClassifier
 from kerasllm.tasks.sequence_classifier import PROBLEM_TYPES, classification_loss
@@ -291,3 +292,32 @@ class TestTransformers:
             assert [r["label"] for r in results] == [e["label"] for e in expected]
             right = [e["score"] for e in expected]
             np.testing.assert_allclose([r["score"] for r in results], right, rtol=1e-4, atol=1e-6)
+
+
+class TestLabels:
+    def test_a_new_head_has_the_labels_that_are_asked_for(self, tmp_path):
+        body = randomize(Bert(CONFIG, head="masked_lm"))
+        save_folder(tmp_path / "body", body, make_word_piece())
+        with pytest.warns(UserWarning, match="is new and must be trained"):
+            named = SequenceClassifier.from_pretrained(tmp_path / "body", labels=["a", "b", "c", "d"])
+        assert {row["label"] for row in named.classify("the cat")} == set("abcd")
+        table, same = (m.get_layer("token_embedding").embeddings for m in (named.model, body))
+        np.testing.assert_array_equal(table, same)
+        with pytest.warns(UserWarning, match="is new and must be trained"):
+            counted = SequenceClassifier.from_pretrained(tmp_path / "body", labels=5)
+        assert counted.predict(["the cat"]).shape == (1, 5)
+
+    def test_a_head_that_is_there_must_have_as_many(self, model, tmp_path):
+        model.save_pretrained(tmp_path / "head")
+        renamed = SequenceClassifier.from_pretrained(tmp_path / "head", labels=["x", "y", "z"])
+        names = dict(zip(CONFIG.labels, "xyz", strict=True))
+        assert [row["label"] for row in renamed.classify("the cat")] == [
+            names[row["label"]] for row in model.classify("the cat")
+        ]
+        with pytest.raises(ValueError, match="shape"):
+            SequenceClassifier.from_pretrained(tmp_path / "head", labels=2)
+
+    @pytest.mark.parametrize("labels", [0, -1, [], "ab", ["a", "a"]])
+    def test_bad_labels(self, labels):
+        with pytest.raises(ValueError, match="`labels` must be"):
+            SequenceClassifier.from_pretrained("nowhere", labels=labels)

@@ -151,6 +151,20 @@ def test_vocabulary_of_a_folder(tmp_path, uncased, texts):
     assert cased.encode("AB") != tokenizer.encode("AB")
 
 
+def test_added_tokens_of_a_folder(tmp_path):
+    tokens = [*SPECIAL_TOKENS, "hello", "foo", "##bar"]
+    ids = {token: i for i, token in enumerate([*tokens, "FooBar", "<new>", "<end>"])}
+    tmp_path.joinpath("vocab.txt").write_text("\n".join(tokens))
+    added = {name: ids[name] for name in ("FooBar", "<new>", "<end>")}
+    tmp_path.joinpath("added_tokens.json").write_text(json.dumps(added))
+    tmp_path.joinpath("tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    # As transformers: what has no part in the text's structure is found in normalised text too.
+    assert tokenizer.encode("foobar<NEW> hello") == [ids[t] for t in ("FooBar", "<new>", "hello")]
+    assert tokenizer.eos_id == ids["<end>"] and "<new>" not in tokenizer.special_tokens
+    assert ids["<end>"] not in tokenizer.encode("<end>")
+
+
 @pytest.mark.parametrize(
     "lines, message",
     [
