@@ -30,9 +30,11 @@ class Dense(keras.layers.Dense):
 
 def _multiply_in_parts(rows, matrix):
     """`rows @ matrix`; for a single row the sum of the products of both halves."""
-    count = ops.shape(rows)[0]
-    # A number that XLA knows when it compiles, if not when the graph is made.
-    parts = ops.where(ops.equal(count, 1), _PARTS, 1)
+    count, parts = ops.shape(rows)[0], _PARTS
+    if not isinstance(count, int):  # XLA knows it when it compiles
+        parts = ops.where(ops.equal(count, 1), _PARTS, 1)
+    elif count != 1:
+        return ops.matmul(rows, matrix)
     rows = ops.transpose(ops.reshape(rows, (count, parts, -1)), (1, 0, 2))
     return ops.sum(ops.matmul(rows, ops.reshape(matrix, (parts, -1, matrix.shape[1]))), axis=0)
 

@@ -27,25 +27,26 @@ def dense(width, **arguments):
 @pytest.mark.parametrize("arguments", [{"use_bias": False}, {"use_bias": True, "activation": "tanh"}])
 def test_any_number_of_rows_gives_the_product(width, arguments):
     layer = dense(width, **arguments)
-    _, run = compiled(layer, tf.TensorSpec([None, width], tf.float32))
+    _, any_count = compiled(layer, tf.TensorSpec([None, width], tf.float32))
     for count in (1, 2, 5):
+        _, run = compiled(layer, tf.TensorSpec([count, width], tf.float32))
         x = np.random.default_rng(count).normal(size=(count, width)).astype(np.float32)
         expected = x.astype(np.float64) @ layer.kernel.numpy().astype(np.float64)
         if arguments["use_bias"]:
             expected = np.tanh(expected + layer.bias.numpy())
-        for result in (run(tf.constant(x)), layer(x)):
+        for result in (any_count(tf.constant(x)), run(tf.constant(x)), layer(x)):
             np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_one_row_alone_is_multiplied_in_two_parts():
-    layer = dense(WIDTH, use_bias=False)
-    function, _ = compiled(layer, tf.TensorSpec([None, WIDTH], tf.float32))
-    half = f"f32[2,{WIDTH // 2},{UNITS}]"
-    with traced_for_xla():
-        programs = [
-            function.experimental_get_compiler_ir(tf.zeros([count, WIDTH]))(stage="hlo") for count in (1, 3)
-        ]
-    assert half in programs[0] and half not in programs[1]
+@pytest.mark.parametrize("is_known", [True, False])
+def test_one_row_alone_is_multiplied_in_two_parts(is_known):
+    layer, half = dense(WIDTH, use_bias=False), f"f32[2,{WIDTH // 2},{UNITS}]"
+    for count in (1, 3):
+        spec = tf.TensorSpec([count if is_known else None, WIDTH], tf.float32)
+        function, _ = compiled(layer, spec)
+        with traced_for_xla():
+            program = function.experimental_get_compiler_ir(tf.zeros([count, WIDTH]))(stage="hlo")
+        assert (half in program) == (count == 1)
 
 
 @pytest.mark.parametrize("wide", [UNITS, UNITS + 1])
