@@ -219,5 +219,5 @@ def process_scores(
         scores = change(scores, settings.no_repeat_ngram_size > 0, forbid_ngrams)
         scores = change(scores, settings.min_new_tokens > lengths - prompt_lengths, forbid_end)
     if settings.allowed is not None:
-        scores = forbid_others(scores)
+        scores = change(scores, settings.allowed != -1, forbid_others)
     return tf.maximum(scores, FORBIDDEN)

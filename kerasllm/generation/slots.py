@@ -27,13 +27,15 @@ from kerasllm.layers.xla import traced_for_xla
 MOST_ALTERNATIVES = 20
 # XLA compiles a step for each of these numbers of rows: one takes half the time of eight, four as much.
 _STEP_ROWS = (1, 8, 64)
-# What `insert` takes beside `KNOBS`. No end of the text comes before `min_new_tokens`.
+# What `insert` takes beside `KNOBS`. No end of the text comes before `min_new_tokens`; `allowed` is empty,
+# or says which tokens may come first, as in `RowSettings`.
 FURTHER = (
     tf.TensorSpec([None], tf.float32, name="presence_penalty"),
     tf.TensorSpec([None], tf.float32, name="frequency_penalty"),
     tf.TensorSpec([None], tf.int32, name="min_new_tokens"),
     tf.TensorSpec([None, None], tf.int32, name="bias_ids"),
     tf.TensorSpec([None, None], tf.float32, name="bias_values"),
+    tf.TensorSpec([None, None], tf.int32, name="allowed"),
 )
 
 
@@ -59,6 +61,9 @@ class SlotDecoder(tf.Module):
     `[slots, longest]`, theirs under the model itself, filled up with 0; `finish_reason`: strings `[slots]`,
     empty while a slot is active or free; `text`: strings `[slots]`, of an active slot what is final, which
     a stop string may yet end before.
+
+    `step` takes besides which tokens may come next in some of the slots: `masked` int32 `[any]`, the slots,
+    and `allowed` int32 `[any, vocabulary / 32]`, as in `RowSettings`; in the others each token may come.
 
     What a server needs besides: `alternatives` returns the likeliest tokens at each place of a slot's new
     text, `token_texts` the bytes of tokens, `encode_chat` the ids of a rendered chat (where the tokenizer
@@ -105,9 +110,10 @@ class SlotDecoder(tf.Module):
             input_signature=[scalar, tf.TensorSpec([None], tf.int32, name="token_ids"), *knobs],
             autograph=False,
         )
-        self.step = tf.function(
-            self._step, input_signature=[tf.TensorSpec([], tf.int32, name="steps")], autograph=False
-        )
+        steps = tf.TensorSpec([], tf.int32, name="steps")
+        masked = tf.TensorSpec([None], tf.int32, name="masked")
+        allowed = tf.TensorSpec([None, None], tf.int32, name="allowed")
+        self.step = tf.function(self._step, input_signature=[steps, masked, allowed], autograph=False)
         self.free = tf.function(self._free, input_signature=[scalar], autograph=False)
         self.alternatives = tf.function(self._alternatives, input_signature=[scalar], autograph=False)
         ids = tf.TensorSpec([None], tf.int32, name="token_ids")
@@ -125,6 +131,7 @@ class SlotDecoder(tf.Module):
         knobs = {spec.name: value[None] for spec, value in zip(KNOBS + FURTHER, values, strict=True)}
         stops = read_stop_strings(knobs.pop("stop"))
         bias = self._bias(knobs.pop("bias_ids"), knobs.pop("bias_values"))
+        allowed = self._first_allowed(knobs.pop("allowed"))
         least = knobs.pop("min_new_tokens")
         lengths = tf.shape(token_ids)  # one row
         rules = [
@@ -149,7 +156,8 @@ class SlotDecoder(tf.Module):
             num_log_probabilities=self._most_alternatives(),
         )
         state = state._replace(texts=watch.start(before))
-        state = watch.look(append_token(state, logits, settings, uniform), lengths)
+        first = settings._replace(allowed=allowed)
+        state = watch.look(append_token(state, logits, first, uniform), lengths)
         state = state._replace(cache=self._laid_out(state.cache))
         padded = pad_to(stops.bytes, tf.constant(LONGEST_STOP_STRING), axis=2)
         most = tf.constant(MOST_STOP_STRINGS)
@@ -183,6 +191,17 @@ class SlotDecoder(tf.Module):
         ]
         ids, values = after(rules, (ids, values))
         return tf.scatter_nd(ids[0][:, None], values[0], [vocabulary])[None]
+
+    def _first_allowed(self, allowed: tf.Tensor) -> tf.Tensor:
+        """Which tokens one row may begin with, `[1, vocabulary / 32]`; where nothing is said, each."""
+        words = self._mask_words()
+        size = tf.shape(allowed)[1]
+        message = f"`allowed` must be empty or {words} numbers. Received: {{}}."
+        allowed = after([rule((size == 0) | (size == words), message, size)], allowed)
+        return tf.pad(allowed, [[0, 0], [0, words - size]], constant_values=-1)
+
+    def _mask_words(self) -> int:
+        return -(-self._plain[0].model.config.vocabulary_size // 32)
 
     def _trace(self) -> list[tf.TensorSpec]:
         """The specs of the memory, in order."""
@@ -266,6 +285,7 @@ class SlotDecoder(tf.Module):
         min_new_tokens: tf.Tensor,
         bias_ids: tf.Tensor,
         bias_values: tf.Tensor,
+        allowed: tf.Tensor,
     ) -> dict[str, tf.Tensor]:
         """Reads a prompt into a slot that is free or has ended, and makes its first token."""
         generator, slots, length = self._plain
@@ -294,7 +314,7 @@ class SlotDecoder(tf.Module):
             [rule(~state.active[slot], "A slot must be free or have ended. Received: slot {}.", slot)]
         ):
             drawing = (temperature, top_k, top_p, min_p, repetition_penalty)
-            further = (presence_penalty, frequency_penalty, min_new_tokens, bias_ids, bias_values)
+            further = (presence_penalty, frequency_penalty, min_new_tokens, bias_ids, bias_values, allowed)
             row = self._begin(token_ids, max_new_tokens, *drawing, seed, stop, *further)
         updates = []
         for variable, value in zip(self.memory, row.flat(), strict=True):
@@ -302,14 +322,27 @@ class SlotDecoder(tf.Module):
         with tf.control_dependencies(updates):
             return self._report(self._read())
 
-    def _step(self, steps: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Makes at most so many tokens for each active slot."""
-        steps = after([rule(steps >= 1, "`steps` must be at least 1. Received: {}.", steps)], steps)
+    def _step(self, steps: tf.Tensor, masked: tf.Tensor, allowed: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Makes at most so many tokens for each active slot; one, where it is said which may come."""
+        rules = [
+            rule(steps >= 1, "`steps` must be at least 1. Received: {}.", steps),
+            self._check_slot(masked),
+        ]
+        message = "`steps` must be 1 where tokens are masked. Received: {}."
+        rules.append(rule((steps == 1) | (tf.size(masked) == 0), message, steps))
+        count, width = tf.size(masked), tf.shape(allowed)
+        message = (
+            f"`allowed` must be {self._mask_words()} numbers for each of `masked`. Received: {{}} of {{}}."
+        )
+        fits = (count == 0) | ((width[0] == count) & (width[1] == self._mask_words()))
+        rules.append(rule(fits, message, width[0], width[1]))
+        steps, masked, allowed = after(rules, (steps, masked, allowed))
+        allowed = self._allowed_of_all(masked, allowed)
         state = self._read().state
         before = state.lengths
         used = tf.reduce_max(tf.where(state.active, tf.range(tf.size(before)) + 1, 0))
         with tf.control_dependencies([before]):
-            made = self._advance(used, steps)
+            made = self._advance(used, steps, allowed)
         with tf.control_dependencies([made]):
             memory = self._read()
         texts, state = look_back(self._watch(memory.stops), memory.state.texts, memory.state, before)
@@ -322,7 +355,14 @@ class SlotDecoder(tf.Module):
         slots = self._plain[1]
         return [*(size for size in _STEP_ROWS if size < slots and self._jit_compile), slots]
 
-    def _advance(self, used: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+    def _allowed_of_all(self, masked: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
+        """Which tokens may come in each slot, `[slots, vocabulary / 32]`."""
+        words = self._mask_words()
+        every = tf.fill([self._plain[1], words], -1)
+        allowed = tf.reshape(allowed, [tf.size(masked), words])
+        return tf.tensor_scatter_nd_update(every, masked[:, None], allowed)
+
+    def _advance(self, used: tf.Tensor, steps: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
         """Makes tokens in so many first slots, or in some more: XLA compiles for a few numbers only."""
         sizes = self._step_rows()
         functions = [
@@ -330,14 +370,17 @@ class SlotDecoder(tf.Module):
             for decode in (functools.partial(self._decode, size) for size in sizes)
         ]
         number = tf.reduce_sum(tf.cast(tf.constant(sizes) < used, tf.int32))
-        return tf.switch_case(number, [functools.partial(function, steps) for function in functions])
+        return tf.switch_case(
+            number, [functools.partial(function, steps, allowed) for function in functions]
+        )
 
-    def _decode(self, size: int, steps: tf.Tensor) -> tf.Tensor:
+    def _decode(self, size: int, steps: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
         """Makes tokens in the first slots, without a look at the texts, of which XLA knows nothing.
 
         Args:
             size: How many slots.
             steps: Most tokens for each.
+            allowed: Which may come, `[slots, vocabulary / 32]`.
 
         Returns:
             Int32 `[]`, how many were made.
@@ -345,10 +388,9 @@ class SlotDecoder(tf.Module):
         whole = [None if part.dtype == tf.string else part.read_value() for part in self.memory]
         memory = self._packed([None if part is None else part[:size] for part in whole])
         state, slots = memory.state, self._plain[1]
+        settings = memory.settings._replace(allowed=allowed[:size])
         with traced_for_xla() if self._jit_compile else contextlib.nullcontext():
-            made = decode(
-                self._plain[0].model, state._replace(texts=()), memory.settings, memory.uniform, steps
-            )
+            made = decode(self._plain[0].model, state._replace(texts=()), settings, memory.uniform, steps)
         new = memory._replace(state=made._replace(texts=state.texts)).flat()
         for variable, value, old, all_rows in zip(self.memory, new, memory.flat(), whole, strict=True):
             if value is not old:
@@ -396,7 +438,7 @@ class SlotDecoder(tf.Module):
         return {"token_ids": self._plain[0].tokenizer.tokenize_shielded(text[None]).values}
 
     def _sizes(self) -> dict[str, tf.Tensor]:
-        """How many slots, tokens in one, tokens in the vocabulary, alternatives, and rows in a step."""
+        """How many slots, tokens in one and of the vocabulary, alternatives, rows in a step; end tokens."""
         generator, slots, length = self._plain
         numbers = {
             "slots": slots,
@@ -404,8 +446,9 @@ class SlotDecoder(tf.Module):
             "vocabulary": generator.model.config.vocabulary_size,
             "alternatives": self._most_alternatives(),
             "step_rows": self._step_rows(),
+            "end_ids": list(generator.config.end_ids(generator.tokenizer.eos_id)),
         }
-        return {name: tf.constant(number) for name, number in numbers.items()}
+        return {name: tf.constant(number, tf.int32) for name, number in numbers.items()}
 
     def _check_slot(self, slot: tf.Tensor) -> tf.Operation:
         last = self._plain[1] - 1

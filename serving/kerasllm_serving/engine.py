@@ -11,6 +11,7 @@ from typing import Protocol
 import grpc
 import numpy as np
 
+from kerasllm_serving.constraints import Constraint, cannot_be_kept
 from kerasllm_serving.errors import ServingError, invalid_argument
 from kerasllm_serving.metrics import (
     SECONDS_OF_A_REQUEST,
@@ -42,6 +43,7 @@ class RowRequest:
         stop: Strings before which the text ends.
         logit_bias: What is added to the scores of tokens, by their ids.
         alternatives: How many of the likeliest tokens are told for each place.
+        constraint: What the text keeps to, this row's own, which takes each of its tokens. None: nothing.
     """
 
     token_ids: Sequence[int]
@@ -58,6 +60,7 @@ class RowRequest:
     stop: Sequence[str] = ()
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     alternatives: int = 0
+    constraint: Constraint | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +98,13 @@ class SlotModel(Protocol):
     def insert(self, slot: int, row: RowRequest) -> Report:
         """Reads a prompt into a slot and makes its first token; returns the report of all slots."""
 
-    def step(self, steps: int) -> Report:
-        """Makes so many tokens for each active slot; returns the report of all slots."""
+    def step(self, steps: int, masks: Mapping[int, np.ndarray]) -> Report:
+        """Makes so many tokens for each active slot; returns the report of all slots.
+
+        Args:
+            steps: How many; 1, where there are masks.
+            masks: Which tokens may come in some of the slots, as `Constraint.mask` returns it.
+        """
 
     def free(self, slot: int) -> None:
         """Ends a slot before its time."""
@@ -157,7 +165,8 @@ class Engine:
     """Runs rows of many requests as one batch.
 
     Rows take free slots in the order in which they came, and wait in a bounded queue until there is one.
-    What a row makes does not depend on the rows beside it.
+    What a row makes does not depend on the rows beside it. While a row with a constraint is among them, all
+    make one token at a time.
 
     Args:
         model: The model; no other thread may use its slots.
@@ -299,7 +308,19 @@ class Engine:
                 del self._running[slot]
         self._fill_slots()
         if self._running:
-            self._look(self.model.step(self._steps))
+            masks = self._masks()
+            self._look(self.model.step(1 if masks else self._steps, masks))
+
+    def _masks(self) -> dict[int, np.ndarray]:
+        """Which tokens may come in the slots whose rows have constraints."""
+        masks = {}
+        for slot, row in self._running.items():
+            if row.request.constraint is not None and not row.job.is_over:
+                try:
+                    masks[slot] = row.request.constraint.mask()
+                except ServingError as error:
+                    self._fail(row.job, error)
+        return masks
 
     def _end_late_jobs(self) -> None:
         now = time.monotonic()
@@ -346,6 +367,12 @@ class Engine:
             if count == row.sent_tokens and end <= row.sent_bytes and not reason:
                 continue
             new = slice(row.sent_tokens, count)
+            if row.request.constraint is not None:
+                try:
+                    reason = _follow(row.request, report["token_ids"][slot, new].tolist(), reason)
+                except ServingError as error:
+                    self._fail(row.job, error)
+                    continue
             piece = Piece(
                 row.number,
                 text[row.sent_bytes : end].decode(),
@@ -402,6 +429,27 @@ def held_back(text: bytes, stop: Sequence[str]) -> int:
                 longest = size
                 break
     return longest
+
+
+def _follow(row: RowRequest, token_ids: Sequence[int], reason: str | None) -> str | None:
+    """Tells a row's constraint which tokens came.
+
+    Args:
+        row: The row.
+        token_ids: The new tokens.
+        reason: Why the row ends; None: it goes on.
+
+    Returns:
+        The reason: a text that is whole when there is room for no other token was not cut.
+
+    Raises:
+        ServingError: INVALID_ARGUMENT if the text is not what the constraint says.
+    """
+    for number in token_ids:
+        row.constraint.accept(number)
+    if reason == "stop" and not row.stop and not row.constraint.may_end:
+        raise cannot_be_kept("no token is left that may come next")
+    return "stop" if reason and row.constraint.must_end else reason
 
 
 def _as_serving_error(error: Exception) -> ServingError:

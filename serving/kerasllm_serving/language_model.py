@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import tensorflow as tf
 import tokenizers
 
 from kerasllm_serving.chat import ChatTemplate
+from kerasllm_serving.constraints import ConstraintFactory
 from kerasllm_serving.engine import Report, RowRequest
 from kerasllm_serving.errors import StartupError, invalid_argument
 from kerasllm_serving.model import Servable
@@ -28,6 +30,7 @@ class LanguageModel:
     Attributes:
         slots: What the engine runs; None: the folder was exported without slots.
         chat_template: None: there is none.
+        constraints: Makes constraints of answers; None: there are no slots, or no token ends a text.
         generation_config: What the model's maker recommends, under Hugging Face's names.
         can_embed: Whether there is a signature `embed`.
     """
@@ -43,6 +46,14 @@ class LanguageModel:
         self.can_generate = is_ours and "generate" in servable.signatures
         self.generation_config = _read_json(path / _EXTRA / "generation_config.json")
         self.slots = LoadedSlots(path) if self.manifest.get("slots") else None
+        self.constraints = None
+        if self.slots is not None and self.slots.end_ids and (path / _EXTRA / "tokenizer.json").is_file():
+            self.constraints = ConstraintFactory(
+                path / _EXTRA / "tokenizer.json",
+                self.slots.vocabulary,
+                self.slots.end_ids,
+                self.slots.token_texts,
+            )
         self._tokenizer = None
         if self.can_embed and (path / _EXTRA / "tokenizer.json").is_file():
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path / _EXTRA / "tokenizer.json"))
@@ -112,13 +123,14 @@ class LoadedSlots:
         self._loaded = tf.saved_model.load(str(path))  # kept, for it owns the variables
         self._slots = self._loaded.slots
         sizes = self._slots.sizes() if hasattr(self._slots, "sizes") else {}
-        if "step_rows" not in sizes:
+        if "end_ids" not in sizes:
             raise StartupError(
                 f"A folder with slots must be of this release. Received: {path}, of an older one; "
                 "export it again"
             )
         sizes = {name: number.numpy() for name, number in sizes.items()}
         self._step_rows = sizes.pop("step_rows").tolist()
+        self.end_ids = sizes.pop("end_ids").tolist()
         sizes = {name: int(number) for name, number in sizes.items()}
         self.slots, self.length = sizes["slots"], sizes["length"]
         self.vocabulary, self.most_alternatives = sizes["vocabulary"], sizes["alternatives"]
@@ -156,12 +168,15 @@ class LoadedSlots:
                 min_new_tokens=_integer(row.min_new_tokens),
                 bias_ids=tf.constant(list(row.logit_bias), tf.int32),
                 bias_values=tf.constant(list(row.logit_bias.values()), tf.float32),
+                allowed=tf.constant(row.constraint.mask() if row.constraint else [], tf.int32),
             )
         )
 
-    def step(self, steps: int) -> Report:
+    def step(self, steps: int, masks: Mapping[int, np.ndarray] = MappingProxyType({})) -> Report:
         """Makes so many tokens for each active slot; returns the report of all slots."""
-        return _arrays(self._slots.step(steps=_integer(steps)))
+        masked = tf.constant(list(masks), tf.int32)
+        allowed = tf.constant(np.stack(list(masks.values())) if masks else np.zeros([0, 0], np.int32))
+        return _arrays(self._slots.step(steps=_integer(steps), masked=masked, allowed=allowed))
 
     def free(self, slot: int) -> None:
         """Ends a slot before its time."""

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import grpc
 import numpy as np
 
+from kerasllm_serving.constraints import STRUCTURES, Constraint, MissingLibrary
 from kerasllm_serving.engine import Engine, Job, Piece, RowRequest
 from kerasllm_serving.errors import ServingError
 from kerasllm_serving.language_model import LanguageModel
@@ -33,16 +34,11 @@ _UNSUPPORTED: Mapping[str, tuple] = {
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
     "suffix": (None, ""),
-    "structured_outputs": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
+    "guided_decoding_backend": (None, "auto", "guidance"),
     "use_beam_search": (None, False),
     "prompt_logprobs": (None,),
     "chat_template": (None,),
@@ -243,7 +239,12 @@ class OpenAiApi:
         if fields.integer("best_of", n, 1, _MOST_CHOICES) != n:
             fields.refuse("best_of", f"as large as `n`, {n}")
         most = fields.integer("max_tokens", _DEFAULT_COMPLETION_TOKENS, 1, engine.model.length)
-        rows = [row for _, ids in prompts for row in _read_rows(fields, model, ids, most, n, wanted or 0)]
+        constraint = await self._read_constraint(fields, model)
+        rows = [
+            row
+            for _, ids in prompts
+            for row in _read_rows(fields, model, ids, most, n, wanted or 0, constraint)
+        ]
         form = _CompletionForm(model, [prompt if echo else "" for prompt, _ in prompts], n, wanted)
         return await self._generate(fields, engine, rows, form, sum(len(ids) for _, ids in prompts))
 
@@ -270,7 +271,8 @@ class OpenAiApi:
         if wanted and not has_logprobs:
             fields.refuse("top_logprobs", "left out where `logprobs` is not true")
         n = fields.integer("n", 1, 1, _MOST_CHOICES)
-        rows = _read_rows(fields, model, ids, most, n, wanted)
+        constraint = await self._read_constraint(fields, model)
+        rows = _read_rows(fields, model, ids, most, n, wanted, constraint)
         form = _ChatForm(model, wanted if has_logprobs else None)
         return await self._generate(fields, engine, rows, form, len(ids))
 
@@ -396,6 +398,30 @@ class OpenAiApi:
             add_generation_prompt=fields.boolean("add_generation_prompt", True),
             variables=options,
         )
+
+    async def _read_constraint(self, fields: Fields, model: LanguageModel) -> Constraint | None:
+        """What the answer has to keep to."""
+        asked = _read_structures(fields)
+        if not asked:
+            return None
+        if len(asked) > 1:
+            names = ", ".join(f"`{name}`" for name, _, _ in asked)
+            raise ApiError(400, f"An answer may have one structure. Received: {names}", asked[1][0])
+        name, kind, value = asked[0]
+        if model.constraints is None:
+            raise ApiError(
+                400, f"The model `{model.name}` has no token that ends a text, which `{name}` needs.", name
+            )
+        if fields.get("ignore_eos") or fields.get("min_tokens"):
+            raise ApiError(
+                400, f"`{name}` says where the answer ends, so `ignore_eos` and `min_tokens` cannot.", name
+            )
+        try:
+            return await self._run(model.constraints.make, kind, value)
+        except MissingLibrary as error:
+            raise ApiError(400, f"`{name}`: {error}", name, "unsupported_value") from error
+        except ValueError as error:
+            raise ApiError(400, f"`{name}` {error}", name) from error
 
     # Generating
 
@@ -640,8 +666,41 @@ class _ChatForm(_Form):
         return {"content": content, "refusal": None}
 
 
+def _read_structures(fields: Fields) -> list[tuple[str, str, Any]]:
+    """What an answer has to keep to: field, and kind and value as `ConstraintFactory.make` takes them."""
+    found = []
+    form = fields.get("response_format", {"type": "text"})
+    kind = form.get("type") if isinstance(form, dict) else None
+    if kind == "json_object":
+        found.append(("response_format", "json", {"type": "object"}))
+    elif kind == "json_schema":
+        described = form.get("json_schema")
+        if not isinstance(described, dict) or "schema" not in described:
+            fields.refuse("response_format", "an object whose `json_schema` is an object with `schema`")
+        found.append(("response_format", "json", described["schema"]))
+    elif kind != "text":
+        fields.refuse("response_format", "an object of type `text`, `json_object` or `json_schema`")
+    wanted = fields.get("structured_outputs", {})
+    if not isinstance(wanted, dict) or not wanted.keys() <= {*STRUCTURES, "json_object"}:
+        fields.refuse("structured_outputs", f"an object with one of {', '.join(STRUCTURES)}")
+    wanted = {key: value for key, value in wanted.items() if value not in (None, False)}
+    if wanted.pop("json_object", None):
+        found.append(("structured_outputs", "json", {"type": "object"}))
+    found += [("structured_outputs", key, value) for key, value in wanted.items()]
+    for key in STRUCTURES:
+        if (value := fields.get(f"guided_{key}")) is not None:
+            found.append((f"guided_{key}", key, value))
+    return found
+
+
 def _read_rows(
-    fields: Fields, model: LanguageModel, ids: list[int], most: int, n: int, alternatives: int
+    fields: Fields,
+    model: LanguageModel,
+    ids: list[int],
+    most: int,
+    n: int,
+    alternatives: int,
+    constraint: Constraint | None = None,
 ) -> list[RowRequest]:
     """The rows of one prompt, which differ in their seeds."""
     default = model.generation_config
@@ -689,7 +748,10 @@ def _read_rows(
         logit_bias=_read_logit_bias(fields),
         alternatives=alternatives,
     )
-    return [dataclasses.replace(row, seed=_as_int32(seed + number)) for number in range(n)]
+    return [
+        dataclasses.replace(row, seed=_as_int32(seed + number), constraint=constraint and constraint.copy())
+        for number in range(n)
+    ]
 
 
 def _as_int32(number: int) -> int:

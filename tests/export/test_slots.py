@@ -13,6 +13,9 @@ from kerasllm.generation.slots import FURTHER
 FURTHER_TYPES = {spec.name: spec for spec in FURTHER}
 
 
+NO_MASKS = {"masked": tf.zeros([0], tf.int32), "allowed": tf.zeros([0, 0], tf.int32)}
+
+
 def arguments(request, **further):
     stop = tf.constant(request["stop"], tf.string)
     return {
@@ -42,7 +45,7 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 def test_random_joins_and_leaves(request, fixture, size, random_lm, count):
     slots = request.getfixturevalue(fixture).slots
     with pytest.raises(tf.errors.InvalidArgumentError, match="must be made by `reset`"):
-        slots.step(steps=tf.constant(1))
+        slots.step(steps=tf.constant(1), **NO_MASKS)
     report = slots.reset()
     rng = random.Random(7)
     waiting, running, done = list(random_requests(count, seed=3)), {}, 0
@@ -56,7 +59,7 @@ def test_random_joins_and_leaves(request, fixture, size, random_lm, count):
             running[slot] = request
         else:
             steps = rng.randint(1, 6)
-            report = slots.step(steps=tf.constant(steps))
+            report = slots.step(steps=tf.constant(steps), **NO_MASKS)
         report = {name: value.numpy() for name, value in report.items()}
         for slot, request in list(running.items()):
             if steps and report["active"][slot]:
@@ -91,7 +94,7 @@ def test_alternatives_and_penalties(random_loaded, random_lm):
         token_ids=tf.constant(ids),
         **arguments(request, **changes, bias_ids=list(bias), bias_values=list(bias.values())),
     )
-    report = slots.step(steps=tf.constant(20))
+    report = slots.step(steps=tf.constant(20), **NO_MASKS)
     live = random_lm.generate_tokens(
         request["prompt"],
         8,
@@ -117,11 +120,53 @@ def test_alternatives_and_penalties(random_loaded, random_lm):
         )
 
 
+@pytest.mark.parametrize("fixture", ["random_loaded", "compiled_loaded"])
+def test_masks_hold_for_their_rows(request, fixture, random_lm):
+    """A row with a constraint says what the task says; its neighbour what it says alone."""
+    from kerasllm.generation.constraints import ConstraintFactory
+
+    slots, tokenizer = request.getfixturevalue(fixture).slots, random_lm.tokenizer
+    report = slots.reset()
+    wild = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    free = next(random_requests(1, seed=6)) | wild | {"max_new_tokens": 20, "stop": []}
+    bound = free | {"prompt": "Mia", "seed": 11}
+    expression = "(ab|c){4,9}[0-9]"
+    constraint = ConstraintFactory(tokenizer, slots.sizes()["end_ids"].numpy().tolist(), 400).make(
+        "regex", expression
+    )
+    bits = np.zeros([1, 13], np.int32)
+    for slot, request in ((0, free), (2, bound)):
+        constraint.fill(bits[0])
+        report = slots.insert(
+            slot=tf.constant(slot),
+            token_ids=tf.constant(tokenizer.encode(request["prompt"])),
+            **arguments(request, **({"allowed": bits[0]} if slot else {})),
+        )
+    seen = 0
+    while report["active"].numpy().any():
+        for token in report["token_ids"][2, seen:].numpy()[: report["num_tokens"][2] - seen]:
+            constraint.accept(int(token))
+            seen += 1
+        masks = NO_MASKS
+        if report["active"][2]:
+            constraint.fill(bits[0])
+            masks = {"masked": tf.constant([2]), "allowed": tf.constant(bits)}
+        report = slots.step(steps=tf.constant(1), **masks)
+    live = random_lm.generate_tokens("Mia", 20, regex=expression, temperature=3.0, seed=11)[0]
+    number = report["num_tokens"][2]
+    assert report["token_ids"][2, :number].numpy().tolist() == live.token_ids
+    assert report["text"][2].numpy().decode() == live.text
+    assert report["finish_reason"][2] == b"stop"
+    number = report["num_tokens"][0]
+    assert report["token_ids"][0, :number].numpy().tolist() == live_row(random_lm, free).token_ids
+
+
 def test_what_a_server_needs(random_loaded, compiled_loaded, random_lm):
     slots, tokenizer = random_loaded.slots, random_lm.tokenizer
     sizes = {name: number.numpy().tolist() for name, number in slots.sizes().items()}
     numbers = {"slots": 3, "length": 64, "vocabulary": 400, "alternatives": 20}
-    assert sizes == {**numbers, "step_rows": [3]}
+    ends = [tokenizer.special_tokens[tokenizer.eos_token]]
+    assert sizes == {**numbers, "step_rows": [3], "end_ids": ends}
     assert compiled_loaded.slots.sizes()["step_rows"].numpy().tolist() == [1, 8, 9]
     end = tokenizer.eos_token
     texts = slots.token_texts(token_ids=tf.constant([tokenizer.special_tokens[end], 5, 399, 400, -1]))[
@@ -152,7 +197,19 @@ def test_bad_input(random_loaded):
         with pytest.raises(tf.errors.InvalidArgumentError, match=message):
             slots.insert(**{**good, **({"slot": tf.constant(1)} if change else {}), **change})
     with pytest.raises(tf.errors.InvalidArgumentError, match="`steps` must be at least 1"):
-        slots.step(steps=tf.constant(0))
+        slots.step(steps=tf.constant(0), **NO_MASKS)
+    for masked, allowed, message in (
+        ([3], [[0] * 13], "`slot` must be from 0 to 2. Received: \\[3\\]"),
+        ([0], [[0] * 12], "`allowed` must be 13 numbers for each of `masked`. Received: 1 of 12"),
+        ([0, 1], [[0] * 13], "`allowed` must be 13 numbers"),
+    ):
+        masks = {"masked": tf.constant(masked), "allowed": tf.constant(allowed)}
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            slots.step(steps=tf.constant(1), **masks)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must be 1 where tokens are masked"):
+        slots.step(steps=tf.constant(2), masked=tf.constant([0]), allowed=tf.zeros([1, 13], tf.int32))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="`allowed` must be empty or 13 numbers"):
+        slots.insert(**good | {"slot": tf.constant(1), "allowed": tf.constant([1])})
 
 
 def test_the_memory_is_in_no_file(random_served, random_lm, tmp_path):

@@ -1,5 +1,6 @@
 """Rows of many requests beside each other: the same tokens, fair, bounded, and nothing lost."""
 
+import dataclasses
 import queue
 import random
 import threading
@@ -8,6 +9,7 @@ import time
 import grpc
 import numpy as np
 import pytest
+from kerasllm_serving.constraints import ConstraintFactory, cannot_be_kept
 from kerasllm_serving.engine import Engine, RowRequest, held_back
 from kerasllm_serving.errors import ServingError
 from kerasllm_serving.language_model import LoadedSlots
@@ -81,7 +83,7 @@ class Tally:
         self.rows[slot], self.counts[slot] = row, 1
         return self.report()
 
-    def step(self, steps):
+    def step(self, steps, masks):
         assert self.may_step.wait(SECONDS)
         self.log.append(("step",))
         if self.fails:
@@ -184,6 +186,33 @@ def test_alternatives(make_engine, random_lm):
         assert [list(pairs) for pairs in found] == [list(pairs) for pairs in live.top_logprobs]
         logprobs = [number for piece in pieces for number in piece.logprobs]
         np.testing.assert_allclose(logprobs, live.logprobs, atol=1e-4)
+
+
+def test_a_constraint_fails_alone(make_engine, slots, random_served, random_lm):
+    """Where llguidance gives up, the row ends with an error, and the others go on."""
+    file = random_served / "1" / "assets.extra" / "tokenizer.json"
+    factory = ConstraintFactory(file, slots.vocabulary, slots.end_ids, slots.token_texts)
+    engine = make_engine(steps=3)
+    ids = random_lm.tokenizer.encode("The")
+    free = RowRequest(token_ids=ids, max_new_tokens=20)
+    other = Collected(engine, free)
+    for wrong in ("mask", "accept"):
+        constraint, calls = factory.make("regex", "a{9}"), []
+        method = getattr(constraint, wrong)
+
+        def give_up(*arguments, call=method, calls=calls):
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise cannot_be_kept("too hard\nas the state shows")
+            return call(*arguments)
+
+        setattr(constraint, wrong, give_up)
+        with pytest.raises(ServingError, match="cannot be kept, .*: too hard$") as error:
+            Collected(engine, dataclasses.replace(free, constraint=constraint)).rest()
+        assert error.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    row = dataclasses.replace(free, constraint=factory.make("regex", "(ab|c){2}"))
+    assert text_of(Collected(engine, row).rest()[0]) in ("abab", "abc", "cab", "cc")
+    assert ids_of(other.rest()[0]) == random_lm.generate_tokens("The", 20)[0].token_ids
 
 
 def test_first_come_first_served(make_engine):

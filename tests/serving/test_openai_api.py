@@ -1,10 +1,13 @@
 """The running server, asked by OpenAI's own client and by hand."""
 
 import base64
+import concurrent.futures
+import functools
 import json
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -194,6 +197,76 @@ def test_tokenize_detokenize_and_generate(post, random_lm):
     assert post("/generate", {"text": PROMPT})[2] == {"generated_text": live(random_lm, count=12).text}
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Mia", "Tom"]}, "red": {"type": "boolean"}},
+    "required": ["name", "red"],
+    "additionalProperties": False,
+}
+
+
+def test_structured_outputs(client, random_lm):
+    """The texts that the task makes under the same constraint, plain and streamed; neighbours as alone."""
+    expression, wild = "(ab|c){3,5}[0-9]", {"temperature": 3.0, "seed": 4}
+    wanted = live(random_lm, count=20, regex=expression, **wild)
+    create = functools.partial(
+        client.completions.create, model="tiny", prompt=PROMPT, max_tokens=20, **wild
+    )
+    answer = create(extra_body={"structured_outputs": {"regex": expression}}, logprobs=1)
+    choice = answer.choices[0]
+    assert (choice.text, choice.finish_reason) == (wanted.text, "stop") and re.fullmatch(
+        expression, wanted.text
+    )
+    assert len(choice.logprobs.tokens) == len(wanted.token_ids)
+    chunks = list(create(extra_body={"guided_regex": expression}, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == wanted.text
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    # The very last token that there is room for ends the text: nothing was cut.
+    choice = create(extra_body={"guided_regex": "x{3}"}, max_tokens=3).choices[0]
+    assert (choice.text, choice.finish_reason) == ("xxx", "stop")
+    choice = create(extra_body={"guided_regex": "x{9}"}, max_tokens=3).choices[0]
+    assert (choice.text, choice.finish_reason) == ("xxx", "length")
+    choice = create(extra_body={"guided_choice": ["one", "two"]}, stop=["o"]).choices[0]
+    assert (choice.text, choice.finish_reason) in [("", "stop"), ("tw", "stop")]
+    texts = [choice.text for choice in create(extra_body={"guided_choice": ["yes", 'n"é']}, n=6).choices]
+    assert set(texts) == {"yes", 'n"é'}
+    assert re.fullmatch(
+        "x[yz]w", create(extra_body={"guided_grammar": 'start: "x" /[yz]/ "w"'}).choices[0].text
+    )
+    free = live(random_lm, count=20, **wild)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        alone = pool.submit(create)
+        bound = pool.submit(create, extra_body={"guided_json": json.dumps(SCHEMA)}, max_tokens=50)
+        assert alone.result().choices[0].text == free.text
+        assert json.loads(bound.result().choices[0].text)["name"] in ("Mia", "Tom")
+
+
+def test_response_format(client):
+    form = {"type": "json_schema", "json_schema": {"name": "box", "schema": SCHEMA, "strict": True}}
+    messages = [{"role": "user", "content": "Hi"}]
+    create = functools.partial(client.chat.completions.create, model="tiny", messages=messages)
+    answer = create(response_format=form, temperature=1.0, seed=1, n=6, max_tokens=50)
+    values = [
+        json.loads(choice.message.content) for choice in answer.choices if choice.finish_reason == "stop"
+    ]
+    assert len(values) > 2  # the context is short
+    assert all(set(value) == {"name", "red"} and type(value["red"]) is bool for value in values)
+    text = (
+        create(response_format={"type": "json_object"}, temperature=1.0, seed=1).choices[0].message.content
+    )
+    assert text.lstrip().startswith("{")
+    assert create(response_format={"type": "text"}, max_tokens=2).choices[0].message.content
+
+
+def test_without_llguidance(random_served, monkeypatch):
+    from kerasllm_serving.constraints import ConstraintFactory, MissingLibrary
+
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    factory = ConstraintFactory(random_served / "1" / "assets.extra" / "tokenizer.json", 400, [0], list)
+    with pytest.raises(MissingLibrary, match="pip install llguidance"):
+        factory.make("regex", "a")
+
+
 @pytest.mark.parametrize(
     ("path", "body", "message", "param"),
     [
@@ -226,12 +299,24 @@ def test_tokenize_detokenize_and_generate(post, random_lm):
             "`tools` is not supported",
             "tools",
         ),
-        (
-            "chat/completions",
-            {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}},
-            "`response_format` is not supported",
-            "response_format",
-        ),
+        ("completions", {"prompt": "a", "response_format": {"type": "xml"}}, "of type `text`",
+         "response_format"),
+        ("completions", {"prompt": "a", "response_format": {"type": "json_schema"}}, "with `schema`",
+         "response_format"),
+        ("completions", {"prompt": "a", "guided_regex": "("}, "`guided_regex` cannot be read",
+         "guided_regex"),
+        ("completions", {"prompt": "a", "guided_choice": []}, "`guided_choice` must be a list",
+         "guided_choice"),
+        ("completions", {"prompt": "a", "guided_json": "{"}, "`guided_json` must be a JSON schema",
+         "guided_json"),
+        ("completions", {"prompt": "a", "guided_json": {"type": "odd"}}, "`guided_json` cannot be read",
+         "guided_json"),
+        ("completions", {"prompt": "a", "structured_outputs": {"xml": 1}}, "with one of json",
+         "structured_outputs"),
+        ("completions", {"prompt": "a", "guided_regex": "a", "guided_choice": ["b"]}, "one structure",
+         "guided_choice"),
+        ("completions", {"prompt": "a", "guided_regex": "a", "min_tokens": 2}, "where the answer ends",
+         "guided_regex"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a " * 99}]}, "maximum", "messages"),
         ("embeddings", {"input": "a"}, "does not embed texts", "model"),
     ],
