@@ -41,6 +41,9 @@ class ChatTemplate:
         source: The Jinja text.
         variables: What the template knows besides, such as `eos_token`.
         special_tokens: Spellings of special tokens.
+
+    Attributes:
+        special_tokens: The same, without an empty one.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any], special_tokens: Sequence[str]) -> None:
@@ -52,10 +55,10 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         self._template = environment.from_string(source)
         self._variables = dict(variables)
-        self._special_tokens = [token for token in special_tokens if token]
-        self._lowered = [token.lower() for token in self._special_tokens]
+        self.special_tokens = [token for token in special_tokens if token]
+        self._lowered = [token.lower() for token in self.special_tokens]
         # The mark's own spelling must not be in a text either. A template may change the case of a text.
-        spellings = "|".join(map(re.escape, [*self._special_tokens, _ESCAPED_MARK]))
+        spellings = "|".join(map(re.escape, [*self.special_tokens, _ESCAPED_MARK]))
         self._begins_token = re.compile(f"(?=(?:{spellings}))(.)", re.DOTALL | re.IGNORECASE)
 
     def render(
@@ -126,7 +129,7 @@ class ChatTemplate:
             raise invalid_argument(
                 "Text must be valid Unicode. Received: half of a surrogate pair"
             ) from error
-        for token in self._special_tokens:
+        for token in self.special_tokens:
             if len(token) == 1 and token in text:
                 raise invalid_argument(f"A chat cannot hold a special token of one character: {token!r}")
         return self._begins_token.sub(rf"\1{_MARK}", text)

@@ -5,6 +5,7 @@ need not be installed where no request asks for such an answer.
 """
 
 import json
+import re
 import threading
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -17,8 +18,8 @@ from kerasllm_serving.errors import invalid_argument
 
 # What an answer can be told to keep to.
 STRUCTURES = ("json", "regex", "choice", "grammar")
-# Between the parts of JSON. A small model, left alone, may go on with spaces for ever.
-_SPACE = r" |\n{1,2}[ \t]{0,20}"
+# What is between the parts of JSON. A small model, left alone, may go on with spaces for ever.
+JSON_OPTIONS = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
 
 
 class Constraint:
@@ -105,6 +106,7 @@ class ConstraintFactory:
         self._token_texts = token_texts
         self._lock = threading.Lock()
         self._tokenizer: Any = None
+        self._special: dict[str, int] = {}
 
     def make(self, kind: str, value: Any) -> Constraint:
         """Makes a constraint.
@@ -126,7 +128,7 @@ class ConstraintFactory:
         library = _llguidance().LLMatcher
         if kind == "json":
             grammar = library.grammar_from_json_schema(
-                _read_schema(value), overrides={"whitespace_pattern": _SPACE}
+                json.dumps(read_schema(value)), overrides=JSON_OPTIONS
             )
         elif kind == "regex":
             grammar = library.grammar_from_regex(_read_text(value))
@@ -141,6 +143,20 @@ class ConstraintFactory:
             raise ValueError("cannot be read: " + matcher.get_error().partition("\n")[0])
         return Constraint(matcher, self._vocabulary)
 
+    def literal(self, text: str) -> str:
+        """Writes a text, with special tokens where it spells them, for a grammar in Lark's syntax.
+
+        Raises:
+            MissingLibrary: If llguidance is not installed.
+        """
+        self._shared()
+        parts = re.split(f"({'|'.join(map(re.escape, self._special))})", text) if self._special else [text]
+        return " ".join(
+            f"<[{self._special[part]}]>" if part in self._special else json.dumps(part)
+            for part in parts
+            if part
+        )
+
     def _shared(self) -> Any:
         with self._lock:
             if self._tokenizer is None:
@@ -148,6 +164,7 @@ class ConstraintFactory:
                 description = _Description(
                     self._file, self._token_texts(range(self._vocabulary)), self._end_ids[0]
                 )
+                self._special = description.special
                 self._tokenizer = library.LLTokenizer(
                     library.TokenizerWrapper(description),
                     n_vocab=self._vocabulary,
@@ -176,16 +193,16 @@ def _read_text(value: Any) -> str:
     return value
 
 
-def _read_schema(value: Any) -> str:
-    """A JSON schema as text."""
+def read_schema(value: Any) -> dict[str, Any]:
+    """Reads a JSON schema, an object or its text; a ValueError if it is none."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
             raise ValueError(f"must be a JSON schema: {error}") from error
-    if not isinstance(value, dict | bool):
+    if not isinstance(value, dict):
         raise ValueError(f"must be a JSON schema. Received: {value!r:.80}")
-    return json.dumps(value)
+    return value
 
 
 class _Description:
@@ -200,7 +217,8 @@ class _Description:
         self.tokens = tokens
         self.eos_token_id = eos_token_id
         added = self._tokenizer.get_added_tokens_decoder()
-        self.special_token_ids = sorted(number for number, token in added.items() if token.special)
+        self.special = {token.content: number for number, token in added.items() if token.special}
+        self.special_token_ids = sorted(self.special.values())
 
     def __call__(self, text: bytes | str) -> list[int]:
         text = text.decode() if isinstance(text, bytes) else text

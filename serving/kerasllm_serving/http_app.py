@@ -14,8 +14,9 @@ from importlib import resources
 from typing import Any, Protocol
 
 from kerasllm_serving.api_keys import KeyCheck
+from kerasllm_serving.fields import ApiError
 from kerasllm_serving.metrics import MICROSECONDS, Metrics
-from kerasllm_serving.openai_api import ApiError, OpenAiApi, Served, Stream
+from kerasllm_serving.openai_api import OpenAiApi, Served, Stream
 from kerasllm_serving.rest import RestHandler
 
 # ASGI's.

@@ -1,5 +1,6 @@
 """What an exported folder tells and does beyond its signatures: texts to ids, chats, slots."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from kerasllm_serving.constraints import ConstraintFactory
 from kerasllm_serving.engine import Report, RowRequest
 from kerasllm_serving.errors import StartupError, invalid_argument
 from kerasllm_serving.model import Servable
+from kerasllm_serving.tool_calls import CallForm, find_call_form
 
 _EXTRA = "assets.extra"
 
@@ -68,6 +70,11 @@ class LanguageModel:
     def is_language_model(self) -> bool:
         """Whether OpenAI's API has a use for it."""
         return self.can_generate or self.can_embed
+
+    @functools.cached_property
+    def call_form(self) -> CallForm:
+        """How the model writes calls of tools; a ValueError if its chat template does not say."""
+        return find_call_form(self.chat_template)
 
     def tokenize(self, text: str) -> list[int]:
         """Turns a text into ids, with the tokens that the tokenizer puts around one.

@@ -5,22 +5,22 @@ import base64
 import dataclasses
 import functools
 import json
-import math
 import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, NoReturn
+from typing import Any
 
-import grpc
 import numpy as np
 
-from kerasllm_serving.constraints import STRUCTURES, Constraint, MissingLibrary
+from kerasllm_serving.constraints import STRUCTURES, Constraint, MissingLibrary, read_schema
 from kerasllm_serving.engine import Engine, Job, Piece, RowRequest
 from kerasllm_serving.errors import ServingError
+from kerasllm_serving.fields import ApiError, Fields, from_serving_error
 from kerasllm_serving.language_model import LanguageModel
+from kerasllm_serving.tool_calls import Call, CallReader, Tools, read_tools
 
 _MOST_CHOICES = 128
 _MOST_PROMPTS = 128
@@ -30,8 +30,6 @@ _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 # Fields that ask for something this server does not do, and the values that ask for nothing.
 _UNSUPPORTED: Mapping[str, tuple] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
@@ -43,122 +41,6 @@ _UNSUPPORTED: Mapping[str, tuple] = {
     "prompt_logprobs": (None,),
     "chat_template": (None,),
 }
-
-
-class ApiError(Exception):
-    """A request that failed, as OpenAI's clients read it.
-
-    Args:
-        status: HTTP status.
-        message: What went wrong.
-        param: The field that is wrong.
-        code: A word for programs.
-    """
-
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
-        kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
-        content = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": content}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What goes with it: when to ask again."""
-        return {"retry-after": "1"} if self.status in (429, 503) else {}
-
-
-def from_serving_error(error: ServingError) -> ApiError:
-    """Returns the same error as OpenAI's clients read it."""
-    code = {
-        grpc.StatusCode.RESOURCE_EXHAUSTED: "queue_full",
-        grpc.StatusCode.DEADLINE_EXCEEDED: "timeout",
-    }.get(error.code)
-    if "maximum context length" in error.message:
-        code = "context_length_exceeded"
-    return ApiError(error.http_status, error.message, code=code)
-
-
-class Fields:
-    """The fields of a request's body, checked when they are taken.
-
-    Args:
-        body: JSON.
-    """
-
-    def __init__(self, body: bytes) -> None:
-        try:
-            values = json.loads(body, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"The body must be JSON. Received: {error}") from error
-        if not isinstance(values, dict):
-            raise ApiError(400, f"The body must be a JSON object. Received: {type(values).__name__}")
-        self._values = values
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Returns a field as it is; the default where it is missing or null."""
-        value = self._values.get(name)
-        return default if value is None else value
-
-    def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
-        """Returns a whole number in a range."""
-        value = self.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            self.refuse(name, f"a whole number from {low} to {high}")
-        return value
-
-    def number(self, name: str, default: float, holds: Callable[[float], bool], rule: str) -> float:
-        """Returns a number for which something holds."""
-        value = self.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.refuse(name, rule)
-        try:
-            value = float(value)
-        except OverflowError:
-            self.refuse(name, rule)
-        # The graph works in float32.
-        if not (math.isfinite(value) and abs(value) < 1e38 and holds(value)):
-            self.refuse(name, rule)
-        return value
-
-    def boolean(self, name: str, default: bool = False) -> bool:
-        """Returns True or False."""
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            self.refuse(name, "true or false")
-        return value
-
-    def string(self, name: str, default: str | None = None) -> str | None:
-        """Returns a string."""
-        value = self.get(name, default)
-        if value is not None and not isinstance(value, str):
-            self.refuse(name, "a string")
-        return value
-
-    def refuse(self, name: str, rule: str) -> NoReturn:
-        """Raises the error that a field breaks a rule."""
-        received = repr(self._values.get(name))
-        if len(received) > 80:
-            received = received[:80] + "…"
-        raise ApiError(400, f"`{name}` must be {rule}. Received: {received}", param=name)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
 
 
 @dataclasses.dataclass
@@ -252,7 +134,8 @@ class OpenAiApi:
         """POST /v1/chat/completions."""
         fields = Fields(body)
         model, engine = self._generating(fields, held)
-        ids = await self._encode_chat(fields, model)
+        tools = await self._read_tools(fields, model)
+        ids = await self._encode_chat(fields, model, tools)
         room = engine.model.length - len(ids)
         if room < 1:
             raise ApiError(
@@ -271,9 +154,9 @@ class OpenAiApi:
         if wanted and not has_logprobs:
             fields.refuse("top_logprobs", "left out where `logprobs` is not true")
         n = fields.integer("n", 1, 1, _MOST_CHOICES)
-        constraint = await self._read_constraint(fields, model)
+        constraint = await self._read_constraint(fields, model, tools)
         rows = _read_rows(fields, model, ids, most, n, wanted, constraint)
-        form = _ChatForm(model, wanted if has_logprobs else None)
+        form = _ChatForm(model, wanted if has_logprobs else None, tools)
         return await self._generate(fields, engine, rows, form, len(ids))
 
     async def embeddings(self, body: bytes, held: ExitStack) -> dict[str, Any]:
@@ -306,7 +189,7 @@ class OpenAiApi:
         served = self._served(fields, held)
         if fields.get("messages") is not None:
             model, _ = self._generating(fields, held)
-            ids = await self._encode_chat(fields, model)
+            ids = await self._encode_chat(fields, model, await self._read_tools(fields, model))
         else:
             if "tokenize" not in served.model.servable.signatures:
                 raise ApiError(
@@ -380,15 +263,15 @@ class OpenAiApi:
                 raise ApiError(400, "A prompt must hold at least one token.", "prompt")
         return found
 
-    async def _encode_chat(self, fields: Fields, model: LanguageModel) -> list[int]:
+    async def _read_tools(self, fields: Fields, model: LanguageModel) -> Tools | None:
+        _check_template(model)
+        return await self._run(read_tools, fields, lambda: model.call_form)
+
+    async def _encode_chat(self, fields: Fields, model: LanguageModel, tools: Tools | None) -> list[int]:
         messages = fields.get("messages")
         if not isinstance(messages, list) or not messages:
             fields.refuse("messages", "a list with at least one message")
         messages = [_read_message(fields, message) for message in messages]
-        if model.chat_template is None:
-            raise ApiError(
-                400, f"The model `{model.name}` has no chat template; use /v1/completions.", "model"
-            )
         options = fields.get("chat_template_kwargs", {})
         if not isinstance(options, dict) or {"messages", "add_generation_prompt"} & options.keys():
             fields.refuse("chat_template_kwargs", "an object of what the chat template knows")
@@ -396,19 +279,24 @@ class OpenAiApi:
             model.encode_chat,
             messages,
             add_generation_prompt=fields.boolean("add_generation_prompt", True),
-            variables=options,
+            variables=options | ({"tools": tools.described} if tools else {}),
         )
 
-    async def _read_constraint(self, fields: Fields, model: LanguageModel) -> Constraint | None:
+    async def _read_constraint(
+        self, fields: Fields, model: LanguageModel, tools: Tools | None = None
+    ) -> Constraint | None:
         """What the answer has to keep to."""
         asked = _read_structures(fields)
+        if tools and tools.must_call:
+            asked.append(("tool_choice", "tools", None))
         if not asked:
             return None
         if len(asked) > 1:
             names = ", ".join(f"`{name}`" for name, _, _ in asked)
             raise ApiError(400, f"An answer may have one structure. Received: {names}", asked[1][0])
         name, kind, value = asked[0]
-        if model.constraints is None:
+        factory = model.constraints
+        if factory is None:
             raise ApiError(
                 400, f"The model `{model.name}` has no token that ends a text, which `{name}` needs.", name
             )
@@ -416,8 +304,16 @@ class OpenAiApi:
             raise ApiError(
                 400, f"`{name}` says where the answer ends, so `ignore_eos` and `min_tokens` cannot.", name
             )
+
+        def make() -> Constraint:
+            if kind == "tools":
+                return factory.make("grammar", tools.grammar(factory.literal))
+            if kind == "json" and tools:  # An answer that the schema allows, or a call.
+                return factory.make("grammar", tools.grammar(factory.literal, read_schema(value)))
+            return factory.make(kind, value)
+
         try:
-            return await self._run(model.constraints.make, kind, value)
+            return await self._run(make)
         except MissingLibrary as error:
             raise ApiError(400, f"`{name}`: {error}", name, "unsupported_value") from error
         except ValueError as error:
@@ -622,27 +518,49 @@ class _CompletionForm(_Form):
 class _ChatForm(_Form):
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: LanguageModel, wanted: int | None) -> None:
+    def __init__(self, model: LanguageModel, wanted: int | None, tools: Tools | None) -> None:
         super().__init__(model)
         self._wanted = wanted
+        self._tools = tools
+        self._readers: dict[int, CallReader] = {}
+        self._counts: dict[int, int] = {}
 
     def begin(self, row: int) -> list[dict[str, Any]]:
         return [self._delta(row, {"role": "assistant", "content": ""}, None, None)]
 
     def delta(self, piece: Piece) -> list[dict[str, Any]]:
         deltas, logprobs = [], self._logprobs(piece)
-        if piece.text or (logprobs and logprobs["content"]):
-            deltas.append(self._delta(piece.row, {"content": piece.text}, logprobs, None))
+        content, calls = self._read(piece)
+        if content or (logprobs and logprobs["content"]):
+            deltas.append(self._delta(piece.row, {"content": content}, logprobs, None))
+        count = self._counts.get(piece.row, 0)
+        for index, call in enumerate(calls, count):
+            deltas.append(
+                self._delta(piece.row, {"tool_calls": [{"index": index} | call.describe()]}, None, None)
+            )
+        self._counts[piece.row] = count + len(calls)
         if piece.finish_reason:
-            deltas.append(self._delta(piece.row, {}, None, piece.finish_reason))
+            reason = _reason(piece, self._counts[piece.row])
+            deltas.append(self._delta(piece.row, {}, None, reason))
         return deltas
 
+    def _read(self, piece: Piece) -> tuple[str, list[Call]]:
+        """What is plain text, and what are calls."""
+        if self._tools is None:
+            return piece.text, []
+        reader = self._readers.setdefault(piece.row, self._tools.reader())
+        return reader.push(piece.text, is_last=piece.finish_reason is not None)
+
     def choice(self, piece: Piece) -> dict[str, Any]:
+        content, calls = self._read(piece)
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": [call.describe() for call in calls]}
         return {
             "index": piece.row,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
+            "finish_reason": _reason(piece, len(calls)),
         }
 
     def _delta(self, row: int, delta: dict, logprobs: Any, reason: str | None) -> dict[str, Any]:
@@ -664,6 +582,15 @@ class _ChatForm(_Form):
             )
         ]
         return {"content": content, "refusal": None}
+
+
+def _check_template(model: LanguageModel) -> None:
+    if model.chat_template is None:
+        raise ApiError(400, f"The model `{model.name}` has no chat template; use /v1/completions.", "model")
+
+
+def _reason(piece: Piece, calls: int) -> str:
+    return "tool_calls" if calls and piece.finish_reason == "stop" else piece.finish_reason
 
 
 def _read_structures(fields: Fields) -> list[tuple[str, str, Any]]:
@@ -805,6 +732,20 @@ def _read_message(fields: Fields, message: Any) -> dict[str, Any]:
         content = ""
     if not isinstance(content, str):
         raise ApiError(400, "A message's `content` must be a string or a list of parts.", "messages")
+    read = {key: value for key, value in message.items() if value is not None} | {"content": content}
     if message.get("tool_calls"):
-        raise ApiError(400, "`tool_calls` is not supported by this server.", "messages")
-    return {key: value for key, value in message.items() if value is not None} | {"content": content}
+        read["tool_calls"] = [_read_call(fields, call) for call in message["tool_calls"]]
+    return read
+
+
+def _read_call(fields: Fields, call: Any) -> dict[str, Any]:
+    """A call of an earlier answer, with its arguments as an object, which templates write as JSON."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        fields.refuse("messages", "with `tool_calls` of objects with `id`, `type` and `function`")
+    try:
+        arguments = json.loads(function.get("arguments") or "{}")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ApiError(400, f"The `arguments` of a call must be JSON: {error}", "messages") from error
+    described = {"name": function["name"], "arguments": arguments}
+    return {"id": call.get("id"), "type": "function", "function": described}

@@ -256,3 +256,35 @@ def read_line(process: subprocess.Popen, timeout: float) -> str:
             if selector.select(0.1):
                 return process.stdout.readline()
     return ""
+
+
+# Writes calls of tools between tags, as Hermes' and Qwen's do.
+TOOL_TEMPLATE = """
+{%- for tool in tools or [] %}{{ tool.function | tojson }}
+{% endfor %}
+{%- for m in messages %}{{ m.role }}: {{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}{{ eos_token }}{% endfor %}
+{%- if add_generation_prompt %}assistant: {% endif %}"""
+
+
+@pytest.fixture(scope="session")
+def tools_lm(tokenizer):
+    """A model of random numbers, with room for tools in its prompt."""
+    from reference.weights import randomize
+
+    from kerasllm import GPT2, CausalLM, GenerationConfig, GPT2Config, Tokenizer
+
+    config = GPT2Config(vocabulary_size=400, context_length=1024, num_layers=1, num_heads=2, dim=16)
+    settings = {"chat_template": TOOL_TEMPLATE, "eos_token": tokenizer.eos_token}
+    tokenizer = Tokenizer.from_json(tokenizer.to_json(), settings=settings)
+    return CausalLM(randomize(GPT2(config)), tokenizer, GenerationConfig(max_new_tokens=200))
+
+
+@pytest.fixture(scope="session")
+def tools_server(tools_lm, start_server, tmp_path_factory) -> ServerProcess:
+    """It, served."""
+    base = tmp_path_factory.mktemp("tools")
+    tools_lm.export(base / "1", slots=4)
+    return start_server(f"--model_base_path={base}", "--model_name=tools")
