@@ -78,9 +78,8 @@ def test_a_call_or_an_answer(create, tools_lm):
     """Where a schema is asked for and tools need not be called, the model chooses between the two."""
     (opens,) = tools_lm.tokenizer.encode("<")
     for bias, is_call in ((100, True), (-100, False)):
-        message = (
-            create(response_format=ANSWER, logit_bias={opens: bias}, max_tokens=300).choices[0].message
-        )
+        settings = {"logit_bias": {opens: bias}, "parallel_tool_calls": False}
+        message = create(response_format=ANSWER, **settings).choices[0].message
         if is_call:
             assert message.content is None and described(message.tool_calls)
         else:
