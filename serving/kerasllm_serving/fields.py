@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import grpc
@@ -58,10 +58,13 @@ class Fields:
     """The fields of a request's body, checked when they are taken.
 
     Args:
-        body: JSON.
+        body: JSON, or what was read of it.
     """
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes | Mapping[str, Any]) -> None:
+        if isinstance(body, Mapping):
+            self._values = body
+            return
         try:
             values = json.loads(body, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
@@ -69,6 +72,10 @@ class Fields:
         if not isinstance(values, dict):
             raise ApiError(400, f"The body must be a JSON object. Received: {type(values).__name__}")
         self._values = values
+
+    def without(self, *names: str) -> dict[str, Any]:
+        """Returns all fields that are not null but those of some names."""
+        return {k: v for k, v in self._values.items() if k not in names and v is not None}
 
     def get(self, name: str, default: Any = None) -> Any:
         """Returns a field as it is; the default where it is missing or null."""

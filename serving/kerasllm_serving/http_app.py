@@ -16,8 +16,9 @@ from typing import Any, Protocol
 from kerasllm_serving.api_keys import KeyCheck
 from kerasllm_serving.fields import ApiError
 from kerasllm_serving.metrics import MICROSECONDS, Metrics
-from kerasllm_serving.openai_api import OpenAiApi, Served, Stream
+from kerasllm_serving.openai_api import OpenAiApi, Served
 from kerasllm_serving.rest import RestHandler
+from kerasllm_serving.stream import Stream
 
 # ASGI's.
 Scope = MutableMapping[str, Any]
@@ -98,6 +99,7 @@ class HttpApp:
         self._posts: Mapping[str, Callable] = {
             "/v1/completions": api.completions,
             "/v1/chat/completions": api.chat_completions,
+            "/v1/responses": api.responses,
             "/v1/embeddings": api.embeddings,
             "/tokenize": api.tokenize,
             "/detokenize": api.detokenize,
@@ -185,17 +187,19 @@ class HttpApp:
         if not isinstance(result, Stream):
             await exchange.respond(200, _JSON, _to_json(result))
             return
+        is_named = result.form.has_named_events
         try:
             await exchange.start(200, "text/event-stream; charset=utf-8", [(b"cache-control", b"no-cache")])
             chunks = result.chunks()
             try:
                 async for chunk in chunks:
-                    await exchange.write(b"data: " + _to_json(chunk) + b"\n\n")
+                    await exchange.write(_to_event(chunk, is_named))
             except ApiError as error:
-                await exchange.write(b"data: " + _to_json(error.body) + b"\n\n")
+                await exchange.write(_to_event(result.form.error(error), is_named))
             finally:
                 await chunks.aclose()
-            await exchange.write(b"data: [DONE]\n\n")
+            if not is_named:
+                await exchange.write(b"data: [DONE]\n\n")
             await exchange.end()
         finally:
             result.close()
@@ -366,3 +370,9 @@ def _describe(served: Served) -> dict[str, Any]:
 
 def _to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _to_event(value: dict[str, Any], is_named: bool) -> bytes:
+    """A server-sent event."""
+    name = b"event: " + value["type"].encode() + b"\n" if is_named else b""
+    return name + b"data: " + _to_json(value) + b"\n\n"

@@ -8,18 +8,20 @@ import json
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
 
+from kerasllm_serving import responses
 from kerasllm_serving.constraints import STRUCTURES, Constraint, MissingLibrary, read_schema
-from kerasllm_serving.engine import Engine, Job, Piece, RowRequest
+from kerasllm_serving.engine import Engine, Piece, RowRequest
 from kerasllm_serving.errors import ServingError
 from kerasllm_serving.fields import ApiError, Fields, from_serving_error
 from kerasllm_serving.language_model import LanguageModel
+from kerasllm_serving.stream import Form, Stream
 from kerasllm_serving.tool_calls import Call, CallReader, Tools, read_tools
 
 _MOST_CHOICES = 128
@@ -127,13 +129,35 @@ class OpenAiApi:
             for _, ids in prompts
             for row in _read_rows(fields, model, ids, most, n, wanted or 0, constraint)
         ]
-        form = _CompletionForm(model, [prompt if echo else "" for prompt, _ in prompts], n, wanted)
+        form = _CompletionForm(model, fields, [prompt if echo else "" for prompt, _ in prompts], n, wanted)
         return await self._generate(fields, engine, rows, form, sum(len(ids) for _, ids in prompts))
 
     async def chat_completions(self, body: bytes, held: ExitStack) -> "dict[str, Any] | Stream":
         """POST /v1/chat/completions."""
         fields = Fields(body)
         model, engine = self._generating(fields, held)
+        wanted = None
+        if fields.boolean("logprobs"):
+            wanted = fields.integer("top_logprobs", 0, 0, _MOST_ALTERNATIVES)
+        elif fields.get("top_logprobs"):
+            fields.refuse("top_logprobs", "left out where `logprobs` is not true")
+        rows, tools = await self._read_chat(fields, model, engine, wanted or 0)
+        form = _ChatForm(model, fields, wanted, tools)
+        return await self._generate(fields, engine, rows, form, len(rows[0].token_ids))
+
+    async def responses(self, body: bytes, held: ExitStack) -> "dict[str, Any] | Stream":
+        """POST /v1/responses."""
+        fields = Fields(body)
+        chat = responses.as_chat(fields)
+        model, engine = self._generating(chat, held)
+        rows, tools = await self._read_chat(chat, model, engine, 0)
+        form = responses.ResponseForm(fields, model.name, rows[0], tools)
+        return await self._generate(fields, engine, rows, form, len(rows[0].token_ids))
+
+    async def _read_chat(
+        self, fields: Fields, model: LanguageModel, engine: Engine, alternatives: int
+    ) -> tuple[list[RowRequest], Tools | None]:
+        """The rows of a chat, all of one prompt, and the tools that may be called."""
         tools = await self._read_tools(fields, model)
         ids = await self._encode_chat(fields, model, tools)
         room = engine.model.length - len(ids)
@@ -149,15 +173,9 @@ class OpenAiApi:
         most = fields.integer("max_completion_tokens", most, 1, engine.model.length)
         if most is None:
             most = min(room, int(model.generation_config.get("max_new_tokens") or room))
-        has_logprobs = fields.boolean("logprobs")
-        wanted = fields.integer("top_logprobs", 0, 0, _MOST_ALTERNATIVES)
-        if wanted and not has_logprobs:
-            fields.refuse("top_logprobs", "left out where `logprobs` is not true")
         n = fields.integer("n", 1, 1, _MOST_CHOICES)
         constraint = await self._read_constraint(fields, model, tools)
-        rows = _read_rows(fields, model, ids, most, n, wanted, constraint)
-        form = _ChatForm(model, wanted if has_logprobs else None, tools)
-        return await self._generate(fields, engine, rows, form, len(ids))
+        return _read_rows(fields, model, ids, most, n, alternatives, constraint), tools
 
     async def embeddings(self, body: bytes, held: ExitStack) -> dict[str, Any]:
         """POST /v1/embeddings."""
@@ -233,7 +251,9 @@ class OpenAiApi:
         default = min(room, int(model.generation_config.get("max_new_tokens") or room))
         most = fields.integer("max_new_tokens", default, 1, engine.model.length)
         rows = _read_rows(fields, model, ids, most, 1, 0)
-        result = await self._generate(fields, engine, rows, _CompletionForm(model, [""], 1, None), len(ids))
+        result = await self._generate(
+            fields, engine, rows, _CompletionForm(model, fields, [""], 1, None), len(ids)
+        )
         if isinstance(result, Stream):
             result.close()
             fields.refuse("stream", "left out here; /v1/completions streams")
@@ -322,131 +342,29 @@ class OpenAiApi:
     # Generating
 
     async def _generate(
-        self, fields: Fields, engine: Engine, rows: list[RowRequest], form: "_Form", prompt_tokens: int
+        self, fields: Fields, engine: Engine, rows: list[RowRequest], form: Form, prompt_tokens: int
     ) -> "dict[str, Any] | Stream":
-        options = fields.get("stream_options", {})
-        if not isinstance(options, dict):
-            fields.refuse("stream_options", "an object")
-        is_stream = fields.boolean("stream")
-        if options and not is_stream:
-            fields.refuse("stream_options", "left out where `stream` is not true")
-        has_usage = options.get("include_usage") is True
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
-        stream = Stream(engine, rows, form, prompt_tokens, has_usage, deadline)
-        if is_stream:
+        stream = Stream(engine, rows, form, prompt_tokens, deadline)
+        if fields.boolean("stream"):
             return stream
         return await stream.collect()
-
-
-class Stream:
-    """A generation on its way.
-
-    Args:
-        engine: The engine, which gets the rows at once.
-        rows: The rows.
-        form: What the objects look like.
-        prompt_tokens: For the usage.
-        has_usage: Whether the last object tells the usage.
-        deadline: When the generation is ended, on `time.monotonic`'s clock.
-
-    Raises:
-        ApiError: If the engine refuses the rows.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        rows: Sequence[RowRequest],
-        form: "_Form",
-        prompt_tokens: int,
-        has_usage: bool,
-        deadline: float | None,
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[Piece | ServingError] = asyncio.Queue()
-        self._form = form
-        self._has_usage = has_usage
-        self._prompt_tokens = prompt_tokens
-        self._tokens = 0
-        self._rows_left = len(rows)
-
-        def deliver(piece: Piece | ServingError) -> None:
-            try:
-                loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
-            except RuntimeError:  # The loop has ended, and with it whoever waited.
-                pass
-
-        try:
-            self._job: Job = engine.submit(rows, deliver, deadline)
-        except ServingError as error:
-            raise from_serving_error(error) from error
-
-    def close(self) -> None:
-        """Ends the generation."""
-        self._job.cancel()
-
-    async def _next(self) -> AsyncIterator[Piece]:
-        while self._rows_left:
-            piece = await self._pieces.get()
-            if isinstance(piece, ServingError):
-                raise from_serving_error(piece)
-            self._tokens += len(piece.token_ids)
-            self._rows_left -= piece.finish_reason is not None
-            yield piece
-
-    async def collect(self) -> dict[str, Any]:
-        """Waits for the end and returns the whole answer."""
-        try:
-            pieces: dict[int, list[Piece]] = {number: [] for number in range(self._rows_left)}
-            async for piece in self._next():
-                pieces[piece.row].append(piece)
-        finally:
-            self.close()
-        choices = [self._form.choice(_join(parts)) for parts in pieces.values()]
-        return self._form.envelope(choices) | {"usage": self._usage()}
-
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """Yields the objects of the stream."""
-        more = {"usage": None} if self._has_usage else {}
-        try:
-            begun: set[int] = set()
-            async for piece in self._next():
-                if piece.row not in begun:
-                    begun.add(piece.row)
-                    for choice in self._form.begin(piece.row):
-                        yield self._form.chunk(choice) | more
-                for choice in self._form.delta(piece):
-                    yield self._form.chunk(choice) | more
-            if self._has_usage:
-                yield self._form.chunk(None) | {"usage": self._usage()}
-        finally:
-            self.close()
-
-    def _usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self._tokens,
-            "total_tokens": self._prompt_tokens + self._tokens,
-        }
-
-
-def _join(pieces: Sequence[Piece]) -> Piece:
-    return Piece(
-        pieces[0].row,
-        "".join(piece.text for piece in pieces),
-        [number for piece in pieces for number in piece.token_ids],
-        [number for piece in pieces for number in piece.logprobs],
-        [pairs for piece in pieces for pairs in piece.alternatives],
-        pieces[-1].finish_reason,
-    )
 
 
 class _Form:
     """What answers look like, but for what completions and chats have each of their own."""
 
     prefix = object = chunk_object = ""
+    has_named_events = False
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, fields: Fields) -> None:
+        options = fields.get("stream_options", {})
+        if not isinstance(options, dict):
+            fields.refuse("stream_options", "an object")
+        if options and not fields.boolean("stream"):
+            fields.refuse("stream_options", "left out where `stream` is not true")
+        self._has_usage = options.get("include_usage") is True
+        self._begun: set[int] = set()
         self._model = model
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
@@ -456,11 +374,29 @@ class _Form:
             "system_fingerprint": f"{model.name}-{model.servable.version}",
         }
 
-    def envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._head | {"choices": choices}
+    def whole(self, pieces: Sequence[Piece], prompt_tokens: int, tokens: int) -> dict[str, Any]:
+        choices = [self.choice(piece) for piece in pieces]
+        return self._head | {"choices": choices, "usage": _usage(prompt_tokens, tokens)}
 
-    def chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
-        return self._head | {"object": self.chunk_object, "choices": [] if choice is None else [choice]}
+    def start(self) -> list[dict[str, Any]]:
+        return []
+
+    def events(self, piece: Piece) -> list[dict[str, Any]]:
+        choices = self.delta(piece)
+        if piece.row not in self._begun:
+            self._begun.add(piece.row)
+            choices = self.begin(piece.row) + choices
+        return [self._chunk([choice]) for choice in choices]
+
+    def end(self, prompt_tokens: int, tokens: int) -> list[dict[str, Any]]:
+        return [self._chunk([]) | {"usage": _usage(prompt_tokens, tokens)}] if self._has_usage else []
+
+    def error(self, error: ApiError) -> dict[str, Any]:
+        return error.body
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = {"usage": None} if self._has_usage else {}
+        return self._head | {"object": self.chunk_object, "choices": choices} | usage
 
     def _tokens(self, piece: Piece) -> dict[int, bytes]:
         """The bytes of all tokens that a piece names."""
@@ -468,11 +404,21 @@ class _Form:
         return dict(zip(ids, self._model.slots.token_texts(list(ids)), strict=True))
 
 
+def _usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": tokens,
+        "total_tokens": prompt_tokens + tokens,
+    }
+
+
 class _CompletionForm(_Form):
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: LanguageModel, echoes: Sequence[str], n: int, wanted: int | None) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: LanguageModel, fields: Fields, echoes: Sequence[str], n: int, wanted: int | None
+    ) -> None:
+        super().__init__(model, fields)
         self._echoes = echoes
         self._n = n
         self._wanted = wanted
@@ -518,8 +464,10 @@ class _CompletionForm(_Form):
 class _ChatForm(_Form):
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: LanguageModel, wanted: int | None, tools: Tools | None) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: LanguageModel, fields: Fields, wanted: int | None, tools: Tools | None
+    ) -> None:
+        super().__init__(model, fields)
         self._wanted = wanted
         self._tools = tools
         self._readers: dict[int, CallReader] = {}

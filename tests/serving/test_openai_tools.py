@@ -1,11 +1,14 @@
 """Calls of tools and the API of responses, over OpenAI's own client."""
 
 import functools
+import itertools
 import json
 
 import pytest
+from pydantic import TypeAdapter
 
 openai = pytest.importorskip("openai")
+from openai.types.responses import Response, ResponseStreamEvent  # noqa: E402
 
 WEATHER = {
     "name": "weather",
@@ -37,7 +40,7 @@ ANSWER = {
 @pytest.fixture(scope="module")
 def client(tools_server):
     url = tools_server.url + "/v1"
-    with openai.OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0) as client:
+    with openai.OpenAI(base_url=url, api_key="none", timeout=200, max_retries=0) as client:
         yield client
 
 
@@ -121,3 +124,110 @@ def test_tools_and_their_answers_are_in_the_prompt(client, create, tools_lm):
         openai.BadRequestError, match="one structure. Received: `response_format`, `tool_choice"
     ):
         create(tool_choice="required", response_format=ANSWER)
+
+
+def respond(client, **values):
+    """A response, plain and streamed, whose objects have to be what OpenAI's package says."""
+    values = {"model": "tools", "max_output_tokens": 60, "extra_body": {"seed": 3}, **values}
+    raw = client.responses.with_raw_response.create(**values).text
+    plain = Response.model_validate_json(raw, strict=True)
+    events = TypeAdapter(ResponseStreamEvent)
+    streamed, name = [], ""
+    with client.responses.with_streaming_response.create(**values, stream=True) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                streamed.append(events.validate_json(line.removeprefix("data: "), strict=True))
+                assert name == f"event: {streamed[-1].type}"
+            name = line or name
+    assert [event.sequence_number for event in streamed] == list(range(len(streamed)))
+    last = streamed[-1].response
+    ids = {"id", "call_id", "created_at", "completed_at"}
+    assert _without(last.model_dump(), ids) == _without(plain.model_dump(), ids)
+    return plain, streamed
+
+
+def _without(value, keys):
+    if isinstance(value, dict):
+        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
+    return [_without(item, keys) for item in value] if isinstance(value, list) else value
+
+
+def names_of(events):
+    return [name for name, _ in itertools.groupby(event.type.removeprefix("response.") for event in events)]
+
+
+def test_a_response_is_the_chat_s_answer(client):
+    plain, events = respond(client, input="Sun?", instructions="Be brief.", temperature=1.0)
+    messages = [{"role": "system", "content": "Be brief."}, QUESTION]
+    chat = client.chat.completions.create(
+        model="tools", messages=messages, max_tokens=60, temperature=1.0, seed=3
+    )
+    assert plain.output_text == chat.choices[0].message.content
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == plain.output_text
+    usage = (plain.usage.input_tokens, plain.usage.output_tokens)
+    assert usage == (chat.usage.prompt_tokens, chat.usage.completion_tokens)
+    is_cut = chat.choices[0].finish_reason == "length"
+    assert (
+        is_cut and plain.status == "incomplete" and plain.incomplete_details.reason == "max_output_tokens"
+    )
+    assert names_of(events) == [
+        "created", "in_progress", "output_item.added", "content_part.added", "output_text.delta",
+        "output_text.done", "content_part.done", "output_item.done", "incomplete",
+    ]  # fmt: skip
+    items = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "input_text", "text": "Sun?"}]},
+    ]
+    same, _ = respond(client, input=items, temperature=1.0)
+    assert same.output_text == plain.output_text
+
+
+def test_calls_in_responses(client):
+    tools = [{"type": "function", "strict": True, **WEATHER}, {"type": "function", **NOW}]
+    values = {"tools": tools, "parallel_tool_calls": False, "max_output_tokens": 300}
+    plain, events = respond(
+        client, input="Sun?", tool_choice={"type": "function", "name": "weather"}, **values
+    )
+    (call,) = plain.output
+    assert (call.type, call.name, plain.status) == ("function_call", "weather", "completed")
+    assert json.loads(call.arguments)["city"] in ("Rome", "Oslo")
+    assert names_of(events) == [
+        "created", "in_progress", "output_item.added", "function_call_arguments.delta",
+        "function_call_arguments.done", "output_item.done", "completed",
+    ]  # fmt: skip
+    items = [
+        {"role": "user", "content": "Sun?"},
+        call.model_dump(exclude_none=True),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "rain"},
+    ]
+    form = {"type": "json_schema", **ANSWER["json_schema"]}
+    answer, _ = respond(client, input=items, text={"format": form}, max_output_tokens=300)
+    assert type(json.loads(answer.output_text)["sunny"]) is bool and answer.status == "completed"
+    messages = [
+        QUESTION,
+        {"role": "assistant", "tool_calls": [{"type": "function", "id": "a", "function": {
+            "name": "weather", "arguments": call.arguments}}]},
+        {"role": "tool", "tool_call_id": "a", "content": "rain"},
+    ]  # fmt: skip
+    chat = client.chat.completions.create(
+        model="tools", messages=messages, seed=3, response_format=ANSWER, max_tokens=300
+    )
+    assert chat.choices[0].message.content == answer.output_text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"previous_response_id": "resp_1"}, "`previous_response_id` is not supported: responses are not"),
+        ({"store": True}, "`store` is not supported"),
+        ({"background": True}, "`background` is not supported"),
+        ({"input": []}, "`input` must be a string or a list of items"),
+        ({"input": [{"type": "item_reference", "id": "a"}]}, "type `item_reference` are not supported"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "Only parts of text"),
+        ({"text": {"format": {"type": "grammar"}}}, "must be an object of type `text`, `json_object`"),
+        ({"max_output_tokens": 0}, "`max_output_tokens` must be"),
+    ],
+)
+def test_bad_responses(client, values, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.responses.create(**{"model": "tools", "input": "a", **values})
