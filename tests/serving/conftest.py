@@ -283,8 +283,33 @@ def tools_lm(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def tools_server(tools_lm, start_server, tmp_path_factory) -> ServerProcess:
-    """It, served."""
+def tools_folder(tools_lm, tmp_path_factory) -> Path:
+    """It, exported."""
     base = tmp_path_factory.mktemp("tools")
     tools_lm.export(base / "1", slots=4)
-    return start_server(f"--model_base_path={base}", "--model_name=tools")
+    return base
+
+
+@pytest.fixture(scope="session")
+def tools_server(tools_folder, start_server) -> ServerProcess:
+    """It, served."""
+    return start_server(f"--model_base_path={tools_folder}", "--model_name=tools")
+
+
+@pytest.fixture(scope="session")
+def embedder_folder(stories, tmp_path_factory):
+    from reference.weights import randomize
+
+    from kerasllm import Bert, BertConfig, TextEmbedder, train_tokenizer
+
+    word_pieces = train_tokenizer("wordpiece", stories[:50], 300)
+    config = BertConfig(
+        vocabulary_size=word_pieces.vocabulary_size,
+        context_length=32,
+        num_layers=1,
+        num_heads=2,
+        dim=16,
+    )
+    base = tmp_path_factory.mktemp("embedder")
+    TextEmbedder(randomize(Bert(config, head=None)), word_pieces).export(base / "1")
+    return base

@@ -28,25 +28,6 @@ def llm_server(start_server, random_served):
 
 
 @pytest.fixture(scope="module")
-def embedder_folder(stories, tmp_path_factory):
-    from reference.weights import randomize
-
-    from kerasllm import Bert, BertConfig, TextEmbedder, train_tokenizer
-
-    word_pieces = train_tokenizer("wordpiece", stories[:50], 300)
-    config = BertConfig(
-        vocabulary_size=word_pieces.vocabulary_size,
-        context_length=32,
-        num_layers=1,
-        num_heads=2,
-        dim=16,
-    )
-    base = tmp_path_factory.mktemp("embedder")
-    TextEmbedder(randomize(Bert(config, head=None)), word_pieces).export(base / "1")
-    return base
-
-
-@pytest.fixture(scope="module")
 def client(llm_server):
     with openai.OpenAI(
         base_url=llm_server.url + "/v1", api_key="none", timeout=TIMEOUT, max_retries=0

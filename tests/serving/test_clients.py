@@ -1,0 +1,106 @@
+"""Public clients of OpenAI's API, each in an environment of its own, against the running server."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+pytestmark = [
+    pytest.mark.clean_env,
+    pytest.mark.timeout(1800),
+    pytest.mark.xdist_group("clients"),
+]
+
+SCRIPTS = pathlib.Path(__file__).parent / "clients"
+# What is installed for each script, and what it can do of what is asked for.
+ALL = {"text", "streamed", "structured", "call", "response", "embeddings"}
+CLIENTS = {
+    "litellm_client.py": ("litellm", ALL - {"response"}),
+    "langchain_client.py": ("langchain-openai", ALL),
+    "pydantic_ai_client.py": ("pydantic-ai-slim[openai]", ALL - {"embeddings"}),
+    "llm_client.py": ("llm", {"text", "streamed", "structured"}),
+    "openai_client.mjs": ("openai", ALL),
+}
+ASKED = {
+    "embedder": "embedder",
+    "messages": [{"role": "user", "content": "Sun?"}],
+    "schema": {
+        "type": "object",
+        "properties": {"sunny": {"type": "boolean"}},
+        "required": ["sunny"],
+        "additionalProperties": False,
+    },
+    "tool": {
+        "name": "weather",
+        "description": "What it is like outside.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Rome", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def url(tools_folder, embedder_folder, start_server, tmp_path_factory):
+    """A server with a model that chats and one that embeds."""
+    entries = [
+        f'config {{ name: "{name}" base_path: "{folder}" model_platform: "tensorflow" }}'
+        for name, folder in (("tools", tools_folder), ("embedder", embedder_folder))
+    ]
+    file = tmp_path_factory.mktemp("config") / "models.config"
+    file.write_text(f"model_config_list {{ {' '.join(entries)} }}")
+    return start_server(f"--model_config_file={file}", "--max_queue=50").url + "/v1"
+
+
+def run(command, **options):
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    if result.returncode and ("No matching distribution" in result.stderr or "ENOTFOUND" in result.stderr):
+        pytest.skip(f"needs the package index: {command}")
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def run_client(script, package, argument, folder):
+    """Installs a client, and returns what its script prints in the end."""
+    if script.endswith(".mjs"):
+        if shutil.which("npm") is None:
+            pytest.skip("needs node and npm")
+        run(["npm", "install", "--silent", "--no-audit", "--no-fund", package], cwd=folder)
+        shutil.copy(SCRIPTS / script, folder)
+        command = ["node", script, argument]
+    else:
+        run([sys.executable, "-m", "venv", folder / "venv"])
+        python = folder / "venv" / "bin" / "python"
+        run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package])
+        command = [python, SCRIPTS / script, argument]
+    return json.loads(run(command, cwd=folder, timeout=300).splitlines()[-1])
+
+
+def ask(url, path, body):
+    request = urllib.request.Request(f"{url}/{path}", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.loads(response.read())
+
+
+@pytest.mark.parametrize("script", CLIENTS)
+def test_client(script, url, tmp_path):
+    package, can = CLIENTS[script]
+    found = run_client(script, package, json.dumps({**ASKED, "url": url}), tmp_path)
+    assert set(found) == can
+    body = {"model": "tools", "messages": ASKED["messages"], "max_tokens": 20, "temperature": 0}
+    wanted = ask(url, "chat/completions", body)["choices"][0]["message"]["content"]
+    assert found["text"] == found["streamed"] == found.get("response", wanted) == wanted
+    assert list(found["structured"]) == ["sunny"] and type(found["structured"]["sunny"]) is bool
+    if "call" in can:
+        name, arguments = found["call"]
+        assert name == "weather" and arguments["city"] in ("Rome", "Oslo")
+    if "embeddings" in can:
+        vectors = ask(url, "embeddings", {"model": "embedder", "input": ["one", "two"]})["data"]
+        assert found["embeddings"] == [pytest.approx(entry["embedding"], abs=1e-6) for entry in vectors]
