@@ -15,6 +15,7 @@ ASSETS = {
     "botchan": "botchan/botchan.txt",
     "schemas": "schemas",
     "kserve": "kserve/fields.json",
+    "openai-api": "openai-api/openapi.yml",
 }
 
 

@@ -28,7 +28,7 @@ runpy.run_module("kerasllm_serving", run_name="__main__", alter_sys=True)
 """
 READY_LINE = re.compile(
     r"kerasllm_serving: gRPC on (\S+):(?P<grpc>\d+)( and unix:\S+)?, REST on (off|(\S+):(?P<rest>\d+)), "
-    r"model (?P<model>\S+) version (?P<version>\d+) ready\n"
+    r"model (?P<model>\S+) version (?P<version>\d+)(, model \S+ version \d+)* ready\n"
 )
 
 
