@@ -151,9 +151,7 @@ class ResponseForm:
             "top_logprobs": 0,
             "top_p": row.top_p,
             "truncation": "disabled",
-            "usage": None,
-            "user": fields.get("user"),
-        }
+        } | ({"user": fields.get("user")} if fields.get("user") else {})
         self._reader = tools.reader() if tools else None
         self._numbers = itertools.count()
         self._message: dict[str, Any] | None = None  # The one that is being written.
