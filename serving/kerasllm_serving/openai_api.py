@@ -512,8 +512,7 @@ class _ChatForm(_Form):
         }
 
     def _delta(self, row: int, delta: dict, logprobs: Any, reason: str | None) -> dict[str, Any]:
-        told = {"logprobs": logprobs} if logprobs else {}
-        return {"index": row, "delta": delta, **told, "finish_reason": reason}
+        return {"index": row, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if self._wanted is None:

@@ -36,13 +36,13 @@ RESPONSE_CALL = {
     "max_output_tokens": 300,
 }
 LOGPROBS = {"logprobs": True, "top_logprobs": 2}
-# Path, body, and the schemas of an answer and of what is streamed.
+# Path, body, and the schemas of an answer and of what is streamed; there is none of streamed completions.
 CASES = [
     (
         "completions",
         {"prompt": "Sun", "logprobs": 1},
         "CreateCompletionResponse",
-        "CreateCompletionResponse",
+        None,
     ),
     *(
         (
@@ -61,7 +61,7 @@ CASES = [
 def check():
     """Raises if something is not what one of the document's schemas says."""
     text = asset("openai-api").read_text(encoding="utf-8")
-    document = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    document = _with_null(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     assert document["openapi"].startswith("3.1")
 
     def check(name, value):
@@ -70,6 +70,16 @@ def check():
         assert error is None, f"{name}: {error.json_path}: {error.message[:300]}"
 
     return check
+
+
+def _with_null(value):
+    """The document marks what may be null as OpenAPI 3.0 did, which JSON Schema knows nothing of."""
+    if isinstance(value, list):
+        return [_with_null(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = {key: _with_null(item) for key, item in value.items()}
+    return {"anyOf": [value, {"type": "null"}]} if value.get("nullable") is True else value
 
 
 def send(server, path, body=None):
@@ -87,7 +97,7 @@ def test_answers(check, tools_server, path, body, whole, part):
     parts = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
     assert len(parts) > 2
     for text in parts:
-        if text != "[DONE]":
+        if part and text != "[DONE]":
             check(part, json.loads(text))
 
 
