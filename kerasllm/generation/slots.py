@@ -9,7 +9,7 @@ from keras import ops
 
 from kerasllm.generation.checks import after, rule
 from kerasllm.generation.compiled import look_back
-from kerasllm.generation.decoding import DecodeState, append_token, decode, pad_to, prefill
+from kerasllm.generation.decoding import DecodeState, append_token, decode, first_state, pad_to
 from kerasllm.generation.generate import KNOBS, TextGenerator
 from kerasllm.generation.processors import RowSettings
 from kerasllm.generation.sampling import uniform_numbers
@@ -55,9 +55,11 @@ class _Memory(NamedTuple):
 class SlotDecoder(tf.Module):
     """Rows of a batch that are filled, stepped and freed one by one.
 
-    `reset` comes first and makes the memory, which no file holds. `reset`, `insert`, `step` and `free`
-    return the same report of all slots: `active`: booleans `[slots]`; `num_tokens`: int32 `[slots]`, new
-    tokens so far; `token_ids`: int32 `[slots, longest]`, these, filled up with -1; `logprobs`: float32
+    `reset` comes first and makes the memory, which no file holds. `insert` reads a prompt and makes its
+    first token. `read` reads a part of one before, and `copy` takes one over from another slot: so a long
+    prompt need not be read at once, and a known one not again. `reset`, `insert`, `step` and `free` return
+    the same report of all slots: `active`: booleans `[slots]`; `num_tokens`: int32 `[slots]`, new tokens so
+    far; `token_ids`: int32 `[slots, longest]`, these, filled up with -1; `logprobs`: float32
     `[slots, longest]`, theirs under the model itself, filled up with 0; `finish_reason`: strings `[slots]`,
     empty while a slot is active or free; `text`: strings `[slots]`, of an active slot what is final, which
     a stop string may yet end before.
@@ -105,18 +107,20 @@ class SlotDecoder(tf.Module):
         scalar = tf.TensorSpec([], tf.int32, name="slot")
         knobs = [tf.TensorSpec(knob.shape[1:], knob.dtype, name=knob.name) for knob in KNOBS + FURTHER]
         self.reset = tf.function(self._reset, input_signature=[], autograph=False)
+        ids = tf.TensorSpec([None], tf.int32, name="token_ids")
+        start = tf.TensorSpec([], tf.int32, name="start")
         self.insert = tf.function(
-            self._insert,
-            input_signature=[scalar, tf.TensorSpec([None], tf.int32, name="token_ids"), *knobs],
-            autograph=False,
+            self._insert, input_signature=[scalar, ids, start, *knobs], autograph=False
         )
+        self.read = tf.function(self._read_part, input_signature=[scalar, ids, start], autograph=False)
+        source, count = (tf.TensorSpec([], tf.int32, name=name) for name in ("source", "count"))
+        self.copy = tf.function(self._copy, input_signature=[source, scalar, count], autograph=False)
         steps = tf.TensorSpec([], tf.int32, name="steps")
         masked = tf.TensorSpec([None], tf.int32, name="masked")
         allowed = tf.TensorSpec([None, None], tf.int32, name="allowed")
         self.step = tf.function(self._step, input_signature=[steps, masked, allowed], autograph=False)
         self.free = tf.function(self._free, input_signature=[scalar], autograph=False)
         self.alternatives = tf.function(self._alternatives, input_signature=[scalar], autograph=False)
-        ids = tf.TensorSpec([None], tf.int32, name="token_ids")
         self.token_texts = tf.function(self._token_texts, input_signature=[ids], autograph=False)
         self.sizes = tf.function(self._sizes, input_signature=[], autograph=False)
         if generator.tokenizer.can_be_shielded:
@@ -125,8 +129,8 @@ class SlotDecoder(tf.Module):
 
     # The memory is a flat list of variables.
 
-    def _begin(self, token_ids: tf.Tensor, *values: tf.Tensor) -> _Memory:
-        """A row after its first token."""
+    def _begin(self, token_ids: tf.Tensor, logits: tf.Tensor, *values: tf.Tensor) -> _Memory:
+        """A row after its first token, without its cache, from the prompt and the scores behind it."""
         generator, _, length = self._plain
         knobs = {spec.name: value[None] for spec, value in zip(KNOBS + FURTHER, values, strict=True)}
         stops = read_stop_strings(knobs.pop("stop"))
@@ -148,17 +152,10 @@ class SlotDecoder(tf.Module):
         )
         before = tf.RaggedTensor.from_tensor(token_ids[None])
         watch = StopWatch(generator.tokenizer.decoder, stops, always=True)
-        logits, state = prefill(
-            generator.model,
-            token_ids[None],
-            lengths,
-            tf.constant(length),
-            num_log_probabilities=self._most_alternatives(),
-        )
+        state = first_state(token_ids[None], lengths, tf.constant(length), (), self._most_alternatives())
         state = state._replace(texts=watch.start(before))
         first = settings._replace(allowed=allowed)
         state = watch.look(append_token(state, logits, first, uniform), lengths)
-        state = state._replace(cache=self._laid_out(state.cache))
         padded = pad_to(stops.bytes, tf.constant(LONGEST_STOP_STRING), axis=2)
         most = tf.constant(MOST_STOP_STRINGS)
         stops = StopStrings(pad_to(padded, most, axis=1), pad_to(stops.lengths, most, axis=1))
@@ -207,12 +204,11 @@ class SlotDecoder(tf.Module):
         """The specs of the memory, in order."""
         knobs = [tf.TensorSpec(knob.shape[1:], knob.dtype) for knob in KNOBS + FURTHER]
         begin = tf.function(self._begin, autograph=False)
-        traced = begin.get_concrete_function(tf.TensorSpec([None], tf.int32), *knobs)
-        self._structure = (traced.structured_outputs,)
         generator, slots, length = self._plain
-        specs = []
-        caches = iter(tf.nest.flatten(self._laid_out(generator.model.make_cache(1, length))))
-        state, _, stops, uniform = traced.structured_outputs
+        logits = tf.TensorSpec([1, generator.model.config.vocabulary_size])
+        traced = begin.get_concrete_function(tf.TensorSpec([None], tf.int32), logits, *knobs)
+        begun = traced.structured_outputs
+        state, _, stops, uniform = begun
         shapes = {
             id(state.sequences): [length],
             id(state.log_probabilities.chosen): [length],
@@ -221,25 +217,24 @@ class SlotDecoder(tf.Module):
             id(stops.bytes): [MOST_STOP_STRINGS, LONGEST_STOP_STRING],
             id(stops.lengths): [MOST_STOP_STRINGS],
             id(uniform): [length],
-            **{id(part): list(next(caches).shape[1:]) for part in tf.nest.flatten(state.cache)},
         }
-        for tensor in traced.structured_outputs.flat():
+
+        def spec(tensor: tf.Tensor) -> tf.TensorSpec:
             shape = shapes.get(id(tensor), list(tensor.shape[1:]))
-            specs.append(tf.TensorSpec([slots, *shape], tensor.dtype))
-        return specs
+            return tf.TensorSpec([slots, *shape], tensor.dtype)
+
+        cache = self._laid_out(generator.model.make_cache(1, length))
+        begun = begun._replace(settings=_without_none(begun.settings))
+        specs = tf.nest.map_structure(spec, begun._replace(state=state._replace(cache=cache)))
+        self._structure = lambda: specs  # A module would make lists of its own of the lists in it.
+        return tf.nest.flatten(specs)
 
     def _read(self) -> _Memory:
-        slots = self._plain[1]
-        ready = rule(
-            tf.shape(self.memory[0])[0] == slots, "The slots must be made by `reset` before they are used."
-        )
-        with tf.control_dependencies([ready]):
+        with tf.control_dependencies([self._check_ready()]):
             return self._packed([variable.read_value() for variable in self.memory])
 
-    def _packed(self, values: list[tf.Tensor | None]) -> _Memory:
-        whole = self._structure[0]
-        whole = whole._replace(settings=_without_none(whole.settings))
-        memory = tf.nest.pack_sequence_as(whole, values)
+    def _packed(self, values: list[tf.Tensor | tf.Variable | None]) -> _Memory:
+        memory = tf.nest.pack_sequence_as(self._structure(), values)
         return memory._replace(settings=RowSettings(**memory.settings))
 
     def _specs(self) -> list[list[int]]:
@@ -272,6 +267,7 @@ class SlotDecoder(tf.Module):
         self,
         slot: tf.Tensor,
         token_ids: tf.Tensor,
+        start: tf.Tensor,
         max_new_tokens: tf.Tensor,
         temperature: tf.Tensor,
         top_k: tf.Tensor,
@@ -287,15 +283,15 @@ class SlotDecoder(tf.Module):
         bias_values: tf.Tensor,
         allowed: tf.Tensor,
     ) -> dict[str, tf.Tensor]:
-        """Reads a prompt into a slot that is free or has ended, and makes its first token."""
-        generator, slots, length = self._plain
+        """Reads the rest of a prompt into a slot that is free or has ended, and makes its first token.
+
+        The slot holds the first `start` tokens already, as `read`, `copy` or an earlier row left them.
+        """
+        length = self._plain[2]
         token_ids = tf.ensure_shape(token_ids, [None])
-        state = self._read().state
-        vocabulary = generator.model.config.vocabulary_size
         count, most = tf.size(token_ids), max_new_tokens
         rules = [
-            self._check_slot(slot),
-            rule(count >= 1, "A prompt must hold at least one token. Received: an empty prompt."),
+            *self._check_part(slot, token_ids[:1], start),
             rule(
                 (most <= length) & (count <= length - most),
                 f"Prompt and `max_new_tokens` together must fit into a slot of {length} tokens. "
@@ -304,23 +300,156 @@ class SlotDecoder(tf.Module):
                 most,
             ),
             rule(
-                (token_ids >= 0) & (token_ids < vocabulary),
-                f"Token ids must be from 0 to {vocabulary - 1}. Received: {{}}.",
-                token_ids,
+                start < count,
+                "`start` must be less than the prompt has tokens. Received: {} of {}.",
+                start,
+                count,
+            ),
+            self._check_ids(token_ids),
+        ]
+        slot, token_ids, start = after(rules, (slot, token_ids, start))
+        logits, written = self._read_tokens(slot, token_ids[start:], start)
+        drawing = (temperature, top_k, top_p, min_p, repetition_penalty)
+        further = (presence_penalty, frequency_penalty, min_new_tokens, bias_ids, bias_values, allowed)
+        row = self._begin(token_ids, logits, max_new_tokens, *drawing, seed, stop, *further)
+        kept = self._packed(self.memory)
+        kept = kept._replace(state=kept.state._replace(cache=()))
+        for variable, value in zip(kept.flat(), row.flat(), strict=True):
+            written.append(variable.scatter_update(tf.IndexedSlices(value, slot[None])))
+        with tf.control_dependencies(written):
+            return self._report(self._read())
+
+    def _read_part(self, slot: tf.Tensor, token_ids: tf.Tensor, start: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Reads some tokens of a prompt into a slot that is free or has ended, from place `start` on.
+
+        Args:
+            slot: Int32 `[]`. What it holds before `start` must be the prompt's beginning.
+            token_ids: Int32 `[any]`.
+            start: Int32 `[]`.
+        """
+        token_ids = tf.ensure_shape(token_ids, [None])
+        rules = [*self._check_part(slot, token_ids, start), self._check_ids(token_ids)]
+        slot, token_ids, start = after(rules, (slot, token_ids, start))
+        _, written = self._read_tokens(slot, token_ids, start)
+        end = start + tf.size(token_ids)
+        columns = tf.range(start, end)
+        places = tf.stack([tf.fill(tf.shape(columns), slot), columns], axis=1)
+        sequences = self._packed(self.memory).state.sequences
+        written.append(sequences.scatter_nd_update(places, token_ids))
+        with tf.control_dependencies([*written, *self._hold(slot, end)]):
+            return {"num_read": tf.identity(end)}
+
+    def _copy(self, source: tf.Tensor, slot: tf.Tensor, count: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Takes over the first tokens of another slot into one that is free or has ended.
+
+        Args:
+            source: Int32 `[]`: the other slot, which may be active.
+            slot: Int32 `[]`.
+            count: Int32 `[]`: how many tokens, less than the other slot has.
+        """
+        state, length = self._packed(self.memory).state, self._plain[2]
+        checked = [self._check_slot(source), self._check_slot(slot)]
+        source, slot = after(checked, (source, slot))
+        rules = [
+            rule(source != slot, "A slot cannot be copied to itself. Received: slot {}.", slot),
+            self._check_free(slot),
+            rule(
+                (count >= 1) & (count <= length),
+                f"`count` must be from 1 to {length}. Received: {{}}.",
+                count,
             ),
         ]
-        slot, token_ids = after(rules, (slot, token_ids))
-        with tf.control_dependencies(
-            [rule(~state.active[slot], "A slot must be free or have ended. Received: slot {}.", slot)]
-        ):
-            drawing = (temperature, top_k, top_p, min_p, repetition_penalty)
-            further = (presence_penalty, frequency_penalty, min_new_tokens, bias_ids, bias_values, allowed)
-            row = self._begin(token_ids, max_new_tokens, *drawing, seed, stop, *further)
-        updates = []
-        for variable, value in zip(self.memory, row.flat(), strict=True):
-            updates.append(variable.scatter_update(tf.IndexedSlices(value, slot[None])))
-        with tf.control_dependencies(updates):
-            return self._report(self._read())
+        source, slot, count = after(rules, (source, slot, count))
+        written = []
+        for variable in (state.sequences, *tf.nest.flatten(state.cache)):
+            row = variable.sparse_read(source[None])
+            written.append(variable.scatter_update(tf.IndexedSlices(row, slot[None])))
+        with tf.control_dependencies([*written, *self._hold(slot, count)]):
+            return {"num_read": tf.identity(count)}
+
+    def _read_tokens(
+        self, slot: tf.Tensor, token_ids: tf.Tensor, start: tf.Tensor
+    ) -> tuple[tf.Tensor, list[tf.Operation]]:
+        """Reads tokens into a slot's cache.
+
+        Returns:
+            The scores of the token behind them, `[1, vocabulary]`, and what has then been written.
+        """
+        generator, _, length = self._plain
+        kept = self._packed(self.memory).state.cache
+        variables = tf.nest.flatten(kept)
+        axes = tf.nest.flatten(self._column_axes(kept))
+        count = tf.size(token_ids)
+        end, is_fresh = start + count, start <= 0
+
+        def columns(tensor: tf.Tensor, axis: int, begin: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+            where, sizes = [0] * 4, list(tensor.shape)
+            where[axis], sizes[axis] = begin, size
+            return tf.slice(tensor, where, sizes)
+
+        def known() -> list[tf.Tensor]:
+            rows = [variable.sparse_read(slot[None]) for variable in variables]
+            return [columns(row, axis, 0, start) for row, axis in zip(rows, axes, strict=True)]
+
+        def nothing() -> list[tf.Tensor]:
+            shapes = [[1, *variable.shape[1:]] for variable in variables]
+            for shape, axis in zip(shapes, axes, strict=True):
+                shape[axis] = 0
+            return [tf.zeros(s, variable.dtype) for s, variable in zip(shapes, variables, strict=True)]
+
+        before = tf.cond(is_fresh, nothing, known)
+        before = [
+            tf.ensure_shape(pad_to(part, end, axis), _without_columns(part.shape, axis))
+            for part, axis in zip(before, axes, strict=True)
+        ]
+        logits, cache = generator.model(
+            token_ids[None],
+            cache=self._laid_out(tf.nest.pack_sequence_as(kept, before)),
+            cache_index=start,
+            last_index=count[None] - 1,
+        )
+        read = tf.nest.flatten(self._laid_out(cache))
+
+        def write_whole() -> tf.Operation:
+            # Zeros behind, for what an earlier row left there may be no number, which counts though hidden.
+            return tf.group(
+                *(
+                    variable.scatter_update(
+                        tf.IndexedSlices(pad_to(part, tf.constant(length), axis), slot[None])
+                    )
+                    for variable, part, axis in zip(variables, read, axes, strict=True)
+                )
+            )
+
+        def write_new() -> tf.Operation:
+            updates = []
+            for variable, part, axis in zip(variables, read, axes, strict=True):
+                where = [slice(None)] * 4
+                where[axis] = slice(start, end)
+                new = columns(part, axis, start, count)[0]
+                updates.append(variable[(slot, *where[1:])].assign(new))
+            return tf.group(*updates)
+
+        return logits[:, 0], [tf.cond(is_fresh, write_whole, write_new)]
+
+    def _column_axes(self, cache):
+        """Which axis of each part of a cache stands for the places of the text."""
+        return [(3, 2) if self._jit_compile else (2, 3) for _ in cache]
+
+    def _hold(self, slot: tf.Tensor, count: tf.Tensor) -> list[tf.Operation]:
+        """Notes that a slot holds tokens though it is free.
+
+        A step computes it along: its last token once more at its own place, which changes nothing.
+        """
+        memory = self._packed(self.memory)
+        return [
+            variable.scatter_update(tf.IndexedSlices(number[None], slot[None]))
+            for variable, number in (
+                (memory.state.lengths, count),
+                (memory.state.prompt_lengths, count),
+                (memory.settings.max_new_tokens, tf.constant(0)),
+            )
+        ]
 
     def _step(self, steps: tf.Tensor, masked: tf.Tensor, allowed: tf.Tensor) -> dict[str, tf.Tensor]:
         """Makes at most so many tokens for each active slot; one, where it is said which may come."""
@@ -450,6 +579,40 @@ class SlotDecoder(tf.Module):
         }
         return {name: tf.constant(number, tf.int32) for name, number in numbers.items()}
 
+    def _check_ids(self, token_ids: tf.Tensor) -> tf.Operation:
+        vocabulary = self._plain[0].model.config.vocabulary_size
+        return rule(
+            (token_ids >= 0) & (token_ids < vocabulary),
+            f"Token ids must be from 0 to {vocabulary - 1}. Received: {{}}.",
+            token_ids,
+        )
+
+    def _check_part(self, slot: tf.Tensor, token_ids: tf.Tensor, start: tf.Tensor) -> list[tf.Operation]:
+        """Checks tokens that are read from a place on."""
+        length, count = self._plain[2], tf.size(token_ids)
+        slot = after([self._check_slot(slot)], slot)
+        return [
+            self._check_free(slot),
+            rule(count >= 1, "A prompt must hold at least one token. Received: an empty prompt."),
+            rule(
+                (start >= 0) & (start <= length - count),
+                f"Tokens must lie in a slot of {length}. Received: {{}} tokens from {{}} on.",
+                count,
+                start,
+            ),
+        ]
+
+    def _check_ready(self) -> tf.Operation:
+        return rule(
+            tf.shape(self.memory[0])[0] == self._plain[1],
+            "The slots must be made by `reset` before they are used.",
+        )
+
+    def _check_free(self, slot: tf.Tensor) -> tf.Operation:
+        with tf.control_dependencies([self._check_ready()]):
+            active = self._packed(self.memory).state.active.read_value()
+        return rule(~active[slot], "A slot must be free or have ended. Received: slot {}.", slot)
+
     def _check_slot(self, slot: tf.Tensor) -> tf.Operation:
         last = self._plain[1] - 1
         return rule((slot >= 0) & (slot <= last), f"`slot` must be from 0 to {last}. Received: {{}}.", slot)
@@ -482,6 +645,10 @@ def _trimmed(stops: StopStrings) -> StopStrings:
     count = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(stops.lengths > 0, tf.int32), axis=1)), 1)
     longest = tf.maximum(tf.reduce_max(stops.lengths), 1)
     return StopStrings(stops.bytes[:, :count, :longest], stops.lengths[:, :count])
+
+
+def _without_columns(shape: tf.TensorShape, axis: int) -> list[int | None]:
+    return [None if number == axis else size for number, size in enumerate(shape)]
 
 
 def _without_none(settings: RowSettings) -> dict[str, tf.Tensor]:

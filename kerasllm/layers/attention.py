@@ -151,15 +151,17 @@ def _first_columns(keys, values, mask):
 
 def _write(cache, new, index, axis):
     """Writes `new` into `cache` from column `index` of `axis` on."""
-    if isinstance(index, int):  # known when the graph is made: plain slices, which run everywhere
+    if isinstance(index, int) or (len(index.shape) == 0 and cache.shape[axis] is None):
+        # Known when the graph is made, or nothing is: plain slices, which run everywhere.
         end, room = index + ops.shape(new)[axis], cache.shape[axis]
-        if index < 0 or (isinstance(end, int) and room is not None and end > room):
+        is_known = isinstance(index, int)
+        if is_known and (index < 0 or (isinstance(end, int) and room is not None and end > room)):
             raise ValueError(
                 "Tokens must be written inside the cache. "
                 f"Received: cache_index={index}, {new.shape[axis]} tokens, cache length={room}"
             )
         everything = (slice(None),) * axis
-        before = [cache[(*everything, slice(None, index))]] if index else []
+        before = [] if is_known and not index else [cache[(*everything, slice(None, index))]]
         return ops.concatenate([*before, new, cache[(*everything, slice(end, None))]], axis=axis)
     if len(index.shape) == 0:
         start = [0, 0, 0, 0]

@@ -390,6 +390,21 @@ def _add_language_models(group: argparse._ArgumentGroup) -> None:
         "in larger pieces of a stream (default 4)",
     )
     group.add_argument(
+        "--prefill_chunk_tokens",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="most tokens of prompts that are read between two turns: a long prompt keeps streams waiting "
+        "no longer than so many tokens take (default 128)",
+    )
+    _add_boolean(
+        group,
+        "--enable_prefix_cache",
+        True,
+        "whether a prompt goes on from the longest beginning of it that a slot still holds; this takes no "
+        "memory beyond that of the slots, where what a request read stays until the room is needed",
+    )
+    group.add_argument(
         "--generation_timeout_in_ms",
         type=_not_negative,
         default=600_000,

@@ -1,4 +1,9 @@
-"""Continuous batching: one thread owns the model, and rows join and leave its batch between steps."""
+"""Continuous batching: one thread owns the model, and rows join and leave its batch between steps.
+
+Prompts are read in parts, one between two steps, so that the rows that run wait for no more than that. What
+a slot has read stays there until the slot is needed for something else: a prompt that begins alike goes on
+from there, in that slot or, once it is copied, in another.
+"""
 
 import collections
 import dataclasses
@@ -21,6 +26,8 @@ from kerasllm_serving.metrics import (
 )
 
 Report = Mapping[str, np.ndarray]
+# To copy a slot takes about as long as to read so many tokens.
+_WORTH_A_COPY = 32
 _logger = logging.getLogger(__name__)
 
 
@@ -75,6 +82,7 @@ class Piece:
         logprobs: Their log-probabilities under the model itself.
         alternatives: For each of them the likeliest tokens and their log-probabilities, if asked for.
         finish_reason: "stop", "length", or None: the row goes on.
+        cached_tokens: How many tokens of the row's prompt had been read before it came.
     """
 
     row: int
@@ -83,6 +91,7 @@ class Piece:
     logprobs: list[float]
     alternatives: list[list[tuple[int, float]]]
     finish_reason: str | None
+    cached_tokens: int = 0
 
 
 class SlotModel(Protocol):
@@ -95,8 +104,15 @@ class SlotModel(Protocol):
     def reset(self) -> None:
         """Makes the memory, and frees all slots."""
 
-    def insert(self, slot: int, row: RowRequest) -> Report:
-        """Reads a prompt into a slot and makes its first token; returns the report of all slots."""
+    def read(self, slot: int, token_ids: Sequence[int], start: int) -> None:
+        """Reads tokens of a prompt into a free slot, from place `start` on."""
+
+    def copy(self, source: int, slot: int, count: int) -> None:
+        """Takes over the first tokens of another slot into a free one."""
+
+    def insert(self, slot: int, row: RowRequest, start: int) -> Report:
+        """Reads a prompt from place `start` on into a slot and makes its first token; returns the report
+        of all slots."""
 
     def step(self, steps: int, masks: Mapping[int, np.ndarray]) -> Report:
         """Makes so many tokens for each active slot; returns the report of all slots.
@@ -152,6 +168,9 @@ class _Running:
     job: Job
     number: int
     started: float
+    cached_tokens: int = 0
+    read_tokens: int = 0
+    has_begun: bool = False  # The prompt has been read.
     sent_tokens: int = 0
     sent_bytes: int = 0
     last_token_at: float = 0.0
@@ -172,6 +191,8 @@ class Engine:
         model: The model; no other thread may use its slots.
         max_queue: Most rows that wait.
         steps: Most tokens that a row makes before others may join or leave.
+        prefill_chunk: Most tokens of prompts that are read before the rows that run make their next.
+        has_prefix_cache: Whether a prompt goes on from what a slot has read of it.
         metrics: Where the numbers go.
         labels: Pairs of a label's name and its value for all of them.
     """
@@ -181,15 +202,21 @@ class Engine:
         model: SlotModel,
         max_queue: int,
         steps: int = 1,
+        prefill_chunk: int = 128,
+        has_prefix_cache: bool = True,
         metrics: Metrics | None = None,
         labels: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.model = model
         self._max_queue = max_queue
         self._steps = steps
+        self._prefill_chunk = prefill_chunk
+        self._has_prefix_cache = has_prefix_cache
         self._condition = threading.Condition()
         self._waiting: collections.deque[tuple[Job, int]] = collections.deque()
         self._running: dict[int, _Running] = {}
+        # By slots, what is in their caches; the slot that was used last comes last.
+        self._held: dict[int, list[int]] = {slot: [] for slot in range(model.slots)}
         self._is_closing = False
         self._must_end = False
         self._measure = _Measure(self, metrics or Metrics(), labels)
@@ -297,17 +324,20 @@ class Engine:
                 _logger.exception("A step failed")
                 self._fail_all(_as_serving_error(error))
                 self.model.reset()
+                self._held = {slot: [] for slot in range(self.model.slots)}
         self._fail_all(ServingError(grpc.StatusCode.UNAVAILABLE, "The server is shutting down."))
 
     def _turn(self) -> None:
-        """Frees, fills, steps."""
+        """Frees, reads, steps."""
         self._end_late_jobs()
         for slot, row in list(self._running.items()):
             if row.job.is_over:
-                self.model.free(slot)
+                if row.has_begun:
+                    self.model.free(slot)
                 del self._running[slot]
-        self._fill_slots()
-        if self._running:
+                self._use(slot)
+        self._read_prompts()
+        if any(row.has_begun for row in self._running.values()):
             masks = self._masks()
             self._look(self.model.step(1 if masks else self._steps, masks))
 
@@ -315,7 +345,7 @@ class Engine:
         """Which tokens may come in the slots whose rows have constraints."""
         masks = {}
         for slot, row in self._running.items():
-            if row.request.constraint is not None and not row.job.is_over:
+            if row.has_begun and row.request.constraint is not None and not row.job.is_over:
                 try:
                     masks[slot] = row.request.constraint.mask()
                 except ServingError as error:
@@ -334,31 +364,84 @@ class Engine:
                     (job, number) for job, number in self._waiting if not job.is_over
                 )
 
-    def _fill_slots(self) -> None:
-        for slot in range(self.model.slots):
-            if slot in self._running:
-                continue
-            with self._condition:
-                if not self._waiting:
-                    return
-                job, number = self._waiting.popleft()
-                row = _Running(job, number, time.monotonic())
-                self._running[slot] = row
-            self._measure.starts(row)
+    def _read_prompts(self) -> None:
+        """Reads a part's worth of tokens, of one prompt after the other."""
+        left = self._prefill_chunk
+        while left:
+            # At most one prompt is half read, so that the next may begin like it.
+            slot = next((slot for slot, row in self._running.items() if not row.has_begun), None)
+            if slot is None:
+                slot = self._next_row()
+            if slot is None:
+                return
+            row = self._running[slot]
+            begin, prompt = row.read_tokens, row.request.token_ids
+            end = min(begin + left, len(prompt))
             try:
-                report = self.model.insert(slot, row.request)
+                if end < len(prompt):
+                    self.model.read(slot, prompt[begin:end], begin)
+                else:
+                    report = self.model.insert(slot, row.request, begin)
             except Exception as error:
                 # The prompt's own fault: the other rows go on.
                 del self._running[slot]
-                self._fail(job, _as_serving_error(error))
+                self._held[slot] = []
+                self._fail(row.job, _as_serving_error(error))
                 continue
-            self._look(report)
+            left -= end - begin
+            row.read_tokens = end
+            self._held[slot] = list(prompt[:end])
+            if end == len(prompt):
+                row.has_begun = True
+                self._look(report)
+
+    def _next_row(self) -> int | None:
+        """Gives a slot to the row that waits longest; returns it, None if there is no row or no slot."""
+        free = [slot for slot in self._held if slot not in self._running]
+        if not (free and self._waiting):
+            return None
+        # The first, for a step is made for as many first slots as are in use.
+        slot, (job, number) = min(free), self._waiting[0]
+        row = _Running(job, number, time.monotonic())
+        with self._condition:
+            self._waiting.popleft()
+            self._running[slot] = row
+        if self._has_prefix_cache:
+            row.cached_tokens = row.read_tokens = self._take_over(slot, row.request.token_ids)
+        self._use(slot)
+        self._measure.starts(row)
+        return slot
+
+    def _take_over(self, slot: int, prompt: Sequence[int]) -> int:
+        """Looks for the beginning of a prompt in all slots; returns how many tokens of it the slot has."""
+        held, prompt = self._held, prompt[:-1]  # The last is read in any case, for what comes behind it.
+        common = {other: _count_common(tokens, prompt) for other, tokens in held.items()}
+        source = max(common, key=common.get)
+        if len(held[slot]) > common[slot] + _WORTH_A_COPY:
+            # What the slot is about to lose goes where something shorter of it is, or the oldest.
+            spare = [other for other in held if other not in self._running and other != source]
+            spare.sort(key=lambda other: _count_common(held[slot], held[other]) < len(held[other]))
+            if spare:
+                self._copy(slot, spare[0], len(held[slot]))
+        if common[source] > common[slot] + _WORTH_A_COPY:
+            self._copy(source, slot, common[source])
+            return common[source]
+        return common[slot]
+
+    def _copy(self, source: int, slot: int, count: int) -> None:
+        self.model.copy(source, slot, count)
+        self._held[slot] = self._held[source][:count]
+        self._use(slot)
+
+    def _use(self, slot: int) -> None:
+        """Makes a slot the last of `_held`."""
+        self._held[slot] = self._held.pop(slot)
 
     def _look(self, report: Report) -> None:
         """Delivers what is new."""
         now = time.monotonic()
         for slot, row in list(self._running.items()):
-            if row.job.is_over:
+            if row.job.is_over or not row.has_begun:
                 continue
             count = int(report["num_tokens"][slot])
             reason = report["finish_reason"][slot].decode() or None
@@ -380,11 +463,17 @@ class Engine:
                 report["logprobs"][slot, new].tolist(),
                 self._alternatives(slot, row, new),
                 reason,
+                row.cached_tokens,
             )
+            # The last token is read with the next step. Nothing can go on from what is no number.
+            is_sound = np.isfinite(report["logprobs"][slot, :count]).all()
+            made = report["token_ids"][slot, : max(count - 1, 0)].tolist()
+            self._held[slot] = [*row.request.token_ids, *made] if is_sound else []
             self._measure.makes(row, count - row.sent_tokens, now)
             row.sent_tokens, row.sent_bytes = count, max(end, row.sent_bytes)
             if reason:
                 del self._running[slot]
+                self._use(slot)
                 row.job.rows_left -= 1
                 self._measure.ends(row, reason, now)
             row.job.deliver(piece)
@@ -409,6 +498,13 @@ class Engine:
             self._running.clear()
         for job in jobs:
             self._fail(job, error)
+
+
+def _count_common(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """Counts the tokens with which both begin."""
+    count = min(len(tokens), len(others))
+    differ = np.flatnonzero(np.array(tokens[:count]) != np.array(others[:count]))
+    return int(differ[0]) if len(differ) else count
 
 
 def held_back(text: bytes, stop: Sequence[str]) -> int:
@@ -476,6 +572,12 @@ class _Measure:
             metrics.gauge(name, text, read, labels)
         self.refused = metrics.counter("kerasllm:refused_total", "Jobs refused by a full queue.", names)
         self._prompt = metrics.counter("vllm:prompt_tokens_total", "Tokens of prompts.", names)
+        self._hits = metrics.counter(
+            "vllm:prefix_cache_hits_total", "Tokens of prompts that had been read before.", names
+        )
+        self._queries = metrics.counter(
+            "vllm:prefix_cache_queries_total", "Tokens of prompts that were looked for.", names
+        )
         self._made = metrics.counter("vllm:generation_tokens_total", "Tokens made.", names)
         self._ended = metrics.counter(
             "vllm:request_success_total", "Rows that ended.", [*names, "finished_reason"]
@@ -495,6 +597,8 @@ class _Measure:
 
     def starts(self, row: _Running) -> None:
         self._prompt.add(len(row.request.token_ids), *self.values)
+        self._queries.add(len(row.request.token_ids), *self.values)
+        self._hits.add(row.cached_tokens, *self.values)
         self._queue.observe(row.started - row.job.submitted, *self.values)
 
     def makes(self, row: _Running, count: int, now: float) -> None:

@@ -130,7 +130,7 @@ class LoadedSlots:
         self._loaded = tf.saved_model.load(str(path))  # kept, for it owns the variables
         self._slots = self._loaded.slots
         sizes = self._slots.sizes() if hasattr(self._slots, "sizes") else {}
-        if "end_ids" not in sizes:
+        if "end_ids" not in sizes or not hasattr(self._slots, "copy"):
             raise StartupError(
                 f"A folder with slots must be of this release. Received: {path}, of an older one; "
                 "export it again"
@@ -151,17 +151,31 @@ class LoadedSlots:
         """Runs each function once, for the first run takes seconds."""
         self.reset()
         for slot in (rows - 1 for rows in self._step_rows):
-            self.insert(slot, RowRequest(token_ids=[0], max_new_tokens=2, min_new_tokens=2))
+            self.insert(slot, RowRequest(token_ids=[0], max_new_tokens=2, min_new_tokens=2), 0)
             self.step(1)
             self.alternatives(slot)
             self.free(slot)
+        self.read(0, [0], 0)
+        if self.slots > 1:
+            self.copy(0, 1, 1)
 
-    def insert(self, slot: int, row: RowRequest) -> Report:
-        """Reads a prompt into a slot and makes its first token; returns the report of all slots."""
+    def read(self, slot: int, token_ids: Sequence[int], start: int) -> None:
+        """Reads tokens of a prompt into a free slot, from place `start` on."""
+        ids = tf.constant(list(token_ids), tf.int32)
+        self._slots.read(slot=_integer(slot), token_ids=ids, start=_integer(start))
+
+    def copy(self, source: int, slot: int, count: int) -> None:
+        """Takes over the first tokens of another slot into a free one."""
+        self._slots.copy(source=_integer(source), slot=_integer(slot), count=_integer(count))
+
+    def insert(self, slot: int, row: RowRequest, start: int) -> Report:
+        """Reads a prompt from place `start` on into a slot and makes its first token; returns the report
+        of all slots."""
         return _arrays(
             self._slots.insert(
                 slot=_integer(slot),
                 token_ids=tf.constant(list(row.token_ids), tf.int32),
+                start=_integer(start),
                 max_new_tokens=_integer(row.max_new_tokens),
                 temperature=_float(row.temperature),
                 top_k=_integer(row.top_k),

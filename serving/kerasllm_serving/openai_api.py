@@ -21,7 +21,7 @@ from kerasllm_serving.engine import Engine, Piece, RowRequest
 from kerasllm_serving.errors import ServingError
 from kerasllm_serving.fields import ApiError, Fields, from_serving_error
 from kerasllm_serving.language_model import LanguageModel
-from kerasllm_serving.stream import Form, Stream
+from kerasllm_serving.stream import Form, Stream, Usage
 from kerasllm_serving.tool_calls import Call, CallReader, Tools, read_tools
 
 _MOST_CHOICES = 128
@@ -374,9 +374,9 @@ class _Form:
             "system_fingerprint": f"{model.name}-{model.servable.version}",
         }
 
-    def whole(self, pieces: Sequence[Piece], prompt_tokens: int, tokens: int) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         choices = [self.choice(piece) for piece in pieces]
-        return self._head | {"choices": choices, "usage": _usage(prompt_tokens, tokens)}
+        return self._head | {"choices": choices, "usage": _usage(usage)}
 
     def start(self) -> list[dict[str, Any]]:
         return []
@@ -388,8 +388,8 @@ class _Form:
             choices = self.begin(piece.row) + choices
         return [self._chunk([choice]) for choice in choices]
 
-    def end(self, prompt_tokens: int, tokens: int) -> list[dict[str, Any]]:
-        return [self._chunk([]) | {"usage": _usage(prompt_tokens, tokens)}] if self._has_usage else []
+    def end(self, usage: Usage) -> list[dict[str, Any]]:
+        return [self._chunk([]) | {"usage": _usage(usage)}] if self._has_usage else []
 
     def error(self, error: ApiError) -> dict[str, Any]:
         return error.body
@@ -404,11 +404,12 @@ class _Form:
         return dict(zip(ids, self._model.slots.token_texts(list(ids)), strict=True))
 
 
-def _usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
+def _usage(usage: Usage) -> dict[str, Any]:
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": tokens,
-        "total_tokens": prompt_tokens + tokens,
+        "prompt_tokens": usage.read,
+        "completion_tokens": usage.made,
+        "total_tokens": usage.read + usage.made,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
     }
 
 

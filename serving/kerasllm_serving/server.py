@@ -84,6 +84,8 @@ class ServerOptions:
         access_log: Whether each REST request is logged, without what it says.
         max_queue: Most rows that wait for a slot of a language model.
         steps_per_turn: Most tokens that a row makes before others may join or leave.
+        prefill_chunk_tokens: Most tokens of prompts that are read between two of these turns.
+        enable_prefix_cache: Whether a prompt goes on from what a slot has read of it before.
         generation_timeout_in_ms: Milliseconds after which a generation is ended; 0 for no limit.
         drain_seconds: How long running requests may take to finish once the server is told to stop.
     """
@@ -129,6 +131,8 @@ class ServerOptions:
     access_log: bool = False
     max_queue: int = 256
     steps_per_turn: int = 4
+    prefill_chunk_tokens: int = 128
+    enable_prefix_cache: bool = True
     generation_timeout_in_ms: int = 600_000
     drain_seconds: int = 30
 
@@ -363,7 +367,15 @@ class LoadedVersion:
                 if options.enable_model_warmup:
                     model.slots.warm_up()
                 labels = [("model_name", name)]
-                engine = Engine(model.slots, options.max_queue, options.steps_per_turn, metrics, labels)
+                engine = Engine(
+                    model.slots,
+                    options.max_queue,
+                    options.steps_per_turn,
+                    options.prefill_chunk_tokens,
+                    options.enable_prefix_cache,
+                    metrics,
+                    labels,
+                )
             self.served = Served(model, engine)
 
     def _warm_up(self, path: Path, iterations: int, metrics: Metrics) -> None:

@@ -19,6 +19,7 @@ NO_MASKS = {"masked": tf.zeros([0], tf.int32), "allowed": tf.zeros([0, 0], tf.in
 def arguments(request, **further):
     stop = tf.constant(request["stop"], tf.string)
     return {
+        "start": tf.constant(0),
         **{name: tf.constant(request[name], NUMBERS[name]) for name in SETTINGS},
         "stop": stop,
         **{
@@ -79,6 +80,72 @@ def test_random_joins_and_leaves(request, fixture, size, random_lm, count):
                 assert freed["finish_reason"].numpy()[slot] == b""
                 del running[slot]
     assert done > count // 2
+
+
+@pytest.mark.parametrize("fixture", ["random_loaded", "compiled_loaded"])
+def test_a_prompt_in_parts_and_one_taken_over(request, fixture, random_lm):
+    """The cache of a beginning may have come in any way, beside whatever else the slots do."""
+    slots = request.getfixturevalue(fixture).slots
+    slots.reset()
+    drawn = {"temperature": 0.9, "seed": 8, "max_new_tokens": 16, "stop": []}
+    knobs = arguments(next(random_requests(1, seed=5)) | drawn)
+    prompt = random_lm.tokenizer.encode("Once upon a time there was a small box in the garden.")
+
+    def step(steps):
+        return slots.step(steps=tf.constant(steps))
+
+    def insert(slot, ids, start):
+        slots.insert(
+            slot=tf.constant(slot), token_ids=tf.constant(ids), **{**knobs, "start": tf.constant(start)}
+        )
+
+    def row(slot):
+        report = {name: value[slot].numpy() for name, value in step(20).items()}
+        count = report["num_tokens"]
+        return report["token_ids"][:count].tolist(), report["logprobs"][:count], report["text"]
+
+    def check(found, wanted):
+        assert found[0] == wanted[0] and found[2] == wanted[2]
+        np.testing.assert_allclose(found[1], wanted[1], atol=1e-4)
+
+    def read(slot, ids, start):
+        slots.read(slot=tf.constant(slot), token_ids=tf.constant(ids), start=tf.constant(start))
+
+    insert(1, prompt, 0)
+    alone = row(1)
+    insert(0, prompt[::-1], 0)  # which leaves something behind, on either side of the parts
+    row(0)
+    insert(2, prompt[3:], 0)
+    read(0, prompt[:3], 0)
+    step(1)
+    read(0, prompt[3:8], 3)
+    report = step(2)
+    assert not report["active"][0] and report["num_tokens"][0] == 0 and not report["finish_reason"][0]
+    insert(0, prompt, 8)
+    step(2)
+    # From one that runs, with its new tokens; and from that one again, after steps.
+    longer = prompt + alone[0][:2]
+    slots.free(slot=tf.constant(1))
+    slots.copy(source=tf.constant(0), slot=tf.constant(1), count=tf.constant(len(longer)))
+    step(1)
+    slots.free(slot=tf.constant(2))
+    slots.copy(source=tf.constant(1), slot=tf.constant(2), count=tf.constant(len(prompt) - 2))
+    step(1)
+    longer += [7, 5]
+    insert(1, longer, len(longer) - 2)
+    taken = row(1)
+    insert(2, prompt, len(prompt) - 2)
+    check(row(2), alone)
+    check(row(0), alone)
+    # What a row that has ended leaves is the beginning of another; and one that was freed in the middle.
+    insert(0, longer, len(longer) - 2)
+    step(3)
+    slots.free(slot=tf.constant(0))
+    step(1)
+    insert(0, longer, len(longer) - 1)
+    check(row(0), taken)
+    insert(2, longer, 0)
+    check(row(2), taken)
 
 
 def test_alternatives_and_penalties(random_loaded, random_lm):
@@ -186,11 +253,31 @@ def test_bad_input(random_loaded):
     request = next(random_requests(1, seed=1))
     good = {"slot": tf.constant(0), "token_ids": tf.constant([5, 6]), **arguments(request)}
     slots.insert(**{**good, "max_new_tokens": tf.constant(30), "stop": tf.zeros([0], tf.string)})
+    part = {"slot": tf.constant(1), "token_ids": tf.constant([5, 6]), "start": tf.constant(1)}
+    for change, message in (
+        ({"slot": tf.constant(0)}, "A slot must be free or have ended. Received: slot 0"),
+        ({"slot": tf.constant(-1)}, "`slot` must be from 0 to 2. Received: -1"),
+        ({"token_ids": tf.zeros([0], tf.int32)}, "at least one token"),
+        ({"token_ids": tf.constant([400])}, "must be from 0 to 399"),
+        ({"start": tf.constant(-1)}, "2 tokens from -1 on"),
+        ({"start": tf.constant(63)}, "must lie in a slot of 64. Received: 2 tokens from 63 on"),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            slots.read(**{**part, **change})
+    for source, slot, count, message in (
+        (0, 0, 1, "cannot be copied to itself"),
+        (1, 0, 1, "A slot must be free or have ended. Received: slot 0"),
+        (0, 3, 1, "`slot` must be from 0 to 2. Received: 3"),
+        (0, 1, 0, "`count` must be from 1 to 64. Received: 0"),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            slots.copy(source=tf.constant(source), slot=tf.constant(slot), count=tf.constant(count))
     for change, message in (
         ({}, "A slot must be free or have ended. Received: slot 0"),
         ({"slot": tf.constant(3)}, "`slot` must be from 0 to 2. Received: 3"),
         ({"token_ids": tf.zeros([0], tf.int32)}, "at least one token"),
         ({"token_ids": tf.constant([400])}, "must be from 0 to 399"),
+        ({"start": tf.constant(2)}, "`start` must be less than the prompt has tokens. Received: 2 of 2"),
         ({"max_new_tokens": tf.constant(63)}, "must fit into a slot of 64 tokens"),
         ({"max_new_tokens": tf.constant(2**31 - 1)}, "must fit into a slot of 64 tokens"),
     ):

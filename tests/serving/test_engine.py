@@ -13,6 +13,7 @@ from kerasllm_serving.constraints import ConstraintFactory, cannot_be_kept
 from kerasllm_serving.engine import Engine, RowRequest, held_back
 from kerasllm_serving.errors import ServingError
 from kerasllm_serving.language_model import LoadedSlots
+from kerasllm_serving.metrics import Metrics
 from reference.saved_models import random_requests
 
 SECONDS = 60
@@ -78,8 +79,14 @@ class Tally:
         self.rows = [None] * self.slots
         self.counts = [0] * self.slots
 
-    def insert(self, slot, row):
-        self.log.append(("insert", slot, row.token_ids[0]))
+    def read(self, slot, token_ids, start):
+        self.log.append(("read", slot, start, list(token_ids)))
+
+    def copy(self, source, slot, count):
+        self.log.append(("copy", source, slot, count))
+
+    def insert(self, slot, row, start):
+        self.log.append(("insert", slot, row.token_ids[0], start))
         self.rows[slot], self.counts[slot] = row, 1
         return self.report()
 
@@ -115,8 +122,8 @@ class Tally:
 
 
 def test_each_row_is_as_if_alone(make_engine, random_lm):
-    """Random requests from several threads; some are cancelled in the middle."""
-    engine = make_engine(steps=2)
+    """Random requests from several threads, read in parts; some are cancelled in the middle."""
+    engine = make_engine(steps=2, prefill_chunk=3)
     rng = random.Random(4)
     done = []
 
@@ -227,6 +234,93 @@ def test_first_come_first_served(make_engine):
     for job in jobs:
         assert text_of(job.rest()[0]) == "abcdefghij"[: job.job.rows[0].max_new_tokens]
     assert [entry[2] for entry in model.log if entry[0] == "insert"] == list(range(9))
+
+
+def test_a_long_prompt_is_read_between_steps(make_engine):
+    model = Tally()
+    engine = make_engine(model, prefill_chunk=8)
+    running = Collected(engine, RowRequest(token_ids=[1], max_new_tokens=40))
+    running.pieces.get(timeout=SECONDS)
+    prompts = [list(range(2, 32)), [40, 41, 42], [50, 51, 52, 53]]
+    jobs = [Collected(engine, RowRequest(token_ids=prompt, max_new_tokens=3)) for prompt in prompts]
+    for job in jobs:
+        job.rest()
+    reads = [entry for entry in model.log if entry[0] == "read" and len(entry[3]) == 8]
+    assert reads[:3] == [("read", 1, start, prompts[0][start : start + 8]) for start in (0, 8, 16)]
+    # Between two steps never more than a part of a prompt, or of several.
+    read_tokens = 0
+    for entry in model.log[model.log.index(("read", 1, 0, prompts[0][:8])) :]:
+        if entry[0] == "step":
+            read_tokens = 0
+        elif entry[0] == "read":
+            read_tokens += len(entry[3])
+        elif entry[0] == "insert":
+            prompt = next(prompt for prompt in prompts if prompt[0] == entry[2])
+            read_tokens += len(prompt) - entry[3]
+        assert read_tokens <= 8
+    order = [entry[2] for entry in model.log if entry[0] == "insert"]
+    assert order == [1, 2, 40, 50]
+    # A row that is cancelled while its prompt is read frees its slot.
+    model.may_step.clear()
+    held = [Collected(engine, RowRequest(token_ids=[n] * 40, max_new_tokens=2)) for n in (7, 8)]
+    held[0].job.cancel()
+    model.may_step.set()
+    held[1].rest()
+    assert [entry[2] for entry in model.log if entry[0] == "insert"] == [*order, 8]
+
+
+def test_a_prompt_goes_on_from_what_was_read(make_engine, slots, random_lm, monkeypatch):
+    """Results as without, and the tokens of the common beginning are read once."""
+    monkeypatch.setattr("kerasllm_serving.engine._WORTH_A_COPY", 2)
+    metrics = Metrics()
+    ids = random_lm.tokenizer.encode("Once upon a time there was a small box.")
+    other = ids[5:] + ids[:5]
+    without = make_engine(has_prefix_cache=False)
+
+    def alone(prompt):
+        pieces = Collected(without, RowRequest(token_ids=prompt, max_new_tokens=8, seed=3)).rest()[0]
+        assert pieces[0].cached_tokens == 0
+        return ids_of(pieces), text_of(pieces)
+
+    reply = alone(ids)[0]
+    turn = [*ids, *reply, 5, 6, 7]
+    # What is asked one after the other, and how many tokens of it are known by then.
+    asked = [
+        (ids[:1], 0),
+        (ids, 1),
+        (ids, len(ids) - 1),
+        (turn, len(ids) + len(reply) - 1),
+        (other, 0),
+        (turn[:-1] + [9], len(turn) - 1),
+        (other[:6] + ids[:3], 6),
+    ]
+    wanted = [alone(prompt) for prompt, _ in asked]
+    without.close(SECONDS)
+    engine = make_engine(metrics=metrics)
+    for (prompt, known), result in zip(asked, wanted, strict=True):
+        pieces = Collected(engine, RowRequest(token_ids=prompt, max_new_tokens=8, seed=3)).rest()[0]
+        assert (ids_of(pieces), text_of(pieces)) == result
+        assert pieces[0].cached_tokens == known
+    turn = asked[-2][0]
+    rows = [RowRequest(token_ids=turn + [8], max_new_tokens=8, temperature=1.0, seed=n) for n in range(3)]
+    found = Collected(engine, *rows).rest()
+    assert [pieces[0].cached_tokens for pieces in found] == [len(turn)] * 3
+    hits = sum(known for _, known in asked) + 3 * len(turn)
+    text = metrics.render()
+    assert f"vllm:prefix_cache_hits_total {hits}" in text
+    queries = sum(len(prompt) for prompt, _ in asked) + 3 * len(turn) + 3
+    assert f"vllm:prefix_cache_queries_total {queries}" in text
+
+
+def test_nothing_goes_on_from_what_is_no_number(make_engine):
+    class Broken(Tally):
+        def report(self):
+            return super().report() | {"logprobs": np.full((self.slots, 50), np.nan, np.float32)}
+
+    engine = make_engine(Broken())
+    row = RowRequest(token_ids=list(range(40)), max_new_tokens=3)
+    for _ in range(2):
+        assert Collected(engine, row).rest()[0][0].cached_tokens == 0
 
 
 def test_a_full_queue_refuses(make_engine):

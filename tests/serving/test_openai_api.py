@@ -88,6 +88,8 @@ def test_completions_are_the_models(client, random_lm):
     assert "".join(chunk.choices[0].text for chunk in chunks) == wanted.text and len(chunks) > 2
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == wanted.finish_reason
     assert last.choices == [] and last.usage.total_tokens == len(ids) + count
+    # The first request has read it all.
+    assert last.usage.prompt_tokens_details.cached_tokens == len(ids) - 1
     assert {chunk.usage for chunk in chunks} == {None}
 
 
