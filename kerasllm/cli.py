@@ -287,7 +287,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "serve", _serve, "serve an exported model over TensorFlow Serving's gRPC and REST and OpenAI's API"
     )
-    command.add_argument("path", help="folder with the numbered versions, such as served/my_model")
+    command.add_argument(
+        "path", help="folder with the numbered versions, such as served/my_model; or a .tflite or .litertlm"
+    )
     command.add_argument(
         "flags", nargs=argparse.REMAINDER, metavar="--flag=value", help="flags of tensorflow_model_server"
     )
@@ -567,7 +569,8 @@ def _serve(arguments) -> int:
     path = pathlib.Path(arguments.path)
     flags = arguments.flags
     if not any(flag.startswith("--model_name") for flag in flags):
-        flags = [f"--model_name={path.resolve().name}", *flags]
+        resolved = path.resolve()
+        flags = [f"--model_name={resolved.stem if resolved.is_file() else resolved.name}", *flags]
     if not any(flag.startswith("--rest_api_port") for flag in flags):
         flags = ["--rest_api_port=8501", *flags]
     command = [sys.executable, "-m", "kerasllm_serving", f"--model_base_path={path}", *flags]

@@ -38,7 +38,8 @@ once. In an open network use --ssl_config_file, --rest_api_ssl_certfile and --ap
 
 A folder exported with slots (`kerasllm export MODEL PATH --slots 8`) is served on the REST port over
 OpenAI's API as well, with continuous batching: /v1/models, /v1/completions, /v1/chat/completions,
-/v1/embeddings, /tokenize, /detokenize. A page to chat with is at /, numbers for Prometheus are at /metrics.
+/v1/embeddings, /tokenize, /detokenize. A .tflite or .litertlm answers there too, one request after the
+other. A page to chat with is at /, numbers for Prometheus are at /metrics.
 
   curl localhost:8501/v1/chat/completions \\
       -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
@@ -124,7 +125,7 @@ def _make_parser() -> argparse.ArgumentParser:
 _FIXED = {
     "enable_profiler": ("false", "there is no profiler; profile the SavedModel with tf.profiler"),
     "use_alts_credentials": ("false", "there is no ALTS; see --ssl_config_file"),
-    "prefer_tflite_model": ("false", "SavedModels only; kerasllm.litert runs .tflite files"),
+    "prefer_tflite_model": ("false", "a .tflite is served where there is no SavedModel"),
     "num_tflite_pools": ("", "SavedModels only"),
     "num_tflite_interpreters_per_pool": ("", "SavedModels only"),
     "platform_config_file": ("", "the platform is TensorFlow; see the flags of the runtime"),
@@ -146,7 +147,8 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         "--model_base_path",
         type=Path,
         metavar="FOLDER",
-        help="folder that holds the numeric version folders",
+        help="folder that holds the numeric version folders; or a .tflite or .litertlm of a language "
+        "model, which may also lie in a version folder by itself",
     )
     source.add_argument(
         "--model_config_file",

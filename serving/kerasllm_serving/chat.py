@@ -14,7 +14,7 @@ from kerasllm_serving.errors import invalid_argument
 
 # A byte that no UTF-8 text has, as Python writes it into a text. Where it stands inside of a special
 # token's spelling, the exported `encode_chat` reads plain text, and takes the mark out.
-_MARK = b"\xfd".decode("utf-8", "surrogateescape")
+MARK = b"\xfd".decode("utf-8", "surrogateescape")
 _ESCAPED_MARK = r"\udcfd"  # What Python and JSON make of it where they quote a text.
 _ROLE = re.compile(r"[\w .-]{1,64}")
 _LONGEST_PROMPT = 16 * 2**20  # characters
@@ -109,7 +109,7 @@ class ChatTemplate:
             raise invalid_argument(
                 f"The model's chat template does not take these messages: {type(error).__name__}: {error}"
             ) from error
-        text = "".join(parts).replace(_ESCAPED_MARK, _MARK)
+        text = "".join(parts).replace(_ESCAPED_MARK, MARK)
         return text.encode("utf-8", "surrogateescape")
 
     def _protect(self, value: Any) -> Any:
@@ -132,15 +132,15 @@ class ChatTemplate:
         for token in self.special_tokens:
             if len(token) == 1 and token in text:
                 raise invalid_argument(f"A chat cannot hold a special token of one character: {token!r}")
-        return self._begins_token.sub(rf"\1{_MARK}", text)
+        return self._begins_token.sub(rf"\1{MARK}", text)
 
     def _protect_text(self, text: str) -> str:
         broken, lowered = self._break(text), text.lower()
         # What the template writes before or after the text must not complete a token with it.
         if any(lowered.startswith(token[cut:]) for token in self._lowered for cut in range(1, len(token))):
-            broken = _MARK + broken
+            broken = MARK + broken
         if any(lowered.endswith(token[:cut]) for token in self._lowered for cut in range(1, len(token))):
-            broken += _MARK
+            broken += MARK
         return broken
 
 

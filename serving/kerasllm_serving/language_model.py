@@ -41,12 +41,12 @@ class LanguageModel:
         self.name = name
         self.servable = servable
         self.created = int((path / "saved_model.pb").stat().st_mtime)
-        self.manifest = _read_json(path / _EXTRA / "kerasllm_manifest.json")
+        self.manifest = read_json(path / _EXTRA / "kerasllm_manifest.json")
         # Signatures of these names in folders of others are something else.
         is_ours = bool(self.manifest)
         self.can_embed = is_ours and "embed" in servable.signatures
         self.can_generate = is_ours and "generate" in servable.signatures
-        self.generation_config = _read_json(path / _EXTRA / "generation_config.json")
+        self.generation_config = read_json(path / _EXTRA / "generation_config.json")
         self.slots = LoadedSlots(path) if self.manifest.get("slots") else None
         self.constraints = None
         if self.slots is not None and self.slots.end_ids and (path / _EXTRA / "tokenizer.json").is_file():
@@ -64,7 +64,12 @@ class LanguageModel:
             self._tokenizer.no_truncation()
         self.chat_template = None
         if self.slots is not None and self.slots.can_chat:
-            self.chat_template = _read_chat_template(path / _EXTRA)
+            self.chat_template = read_chat_template(path / _EXTRA)
+
+    @property
+    def can_tokenize(self) -> bool:
+        """Whether there are signatures that turn texts into ids and back."""
+        return {"tokenize", "detokenize"} <= self.servable.signatures.keys()
 
     @property
     def is_language_model(self) -> bool:
@@ -237,12 +242,12 @@ def _strings(texts: Sequence[str]) -> np.ndarray:
         raise invalid_argument("Text must be valid Unicode. Received: half of a surrogate pair") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _read_chat_template(extra: Path) -> ChatTemplate | None:
-    settings = _read_json(extra / "tokenizer_config.json")
+def read_chat_template(extra: Path) -> ChatTemplate | None:
+    settings = read_json(extra / "tokenizer_config.json")
     file = extra / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     if isinstance(source, list):  # several with names
@@ -253,6 +258,6 @@ def _read_chat_template(extra: Path) -> ChatTemplate | None:
     for key, value in settings.items():
         if key.endswith("_token") and isinstance(value, str | dict):
             named[key] = value if isinstance(value, str) else value["content"]
-    added = _read_json(extra / "tokenizer.json").get("added_tokens", [])
+    added = read_json(extra / "tokenizer.json").get("added_tokens", [])
     special = {token["content"] for token in added if token["special"]} | set(named.values())
     return ChatTemplate(source, named, sorted(special))

@@ -80,7 +80,7 @@ class ModelManager:
     request has ended.
 
     Args:
-        load: From a model's name and a version folder to what is loaded.
+        load: From a model's name, a version's number and its path to what is loaded.
         configs: The models.
         allow_labels_for_unavailable: Whether a new label may name a version that is not loaded.
         max_num_load_retries: How often a version is tried again.
@@ -89,7 +89,7 @@ class ModelManager:
 
     def __init__(
         self,
-        load: Callable[[str, Path], Loaded],
+        load: Callable[[str, int, Path], Loaded],
         configs: Sequence[ModelConfig],
         allow_labels_for_unavailable: bool = False,
         max_num_load_retries: int = 5,
@@ -132,7 +132,7 @@ class ModelManager:
         with self._one_change:
             for config in list(self._configs.values()):
                 try:
-                    found = [int(path.name) for path in find_versions(config.base_path)]
+                    found = list(find_versions(config.base_path))
                 except StartupError as error:
                     # As when a disk is gone for a moment: what is loaded stays.
                     _logger.warning("%s", error)
@@ -161,7 +161,7 @@ class ModelManager:
             self._configs = {config.name: config for config in configs}
             for config in configs:
                 self._versions.setdefault(config.name, {})
-                found = [int(path.name) for path in find_versions(config.base_path)]
+                found = list(find_versions(config.base_path))
                 self._change(config, config.wanted(found), retry=True)
             for name in gone:
                 for number in list(self._versions[name]):
@@ -196,7 +196,7 @@ class ModelManager:
         version.state = States.LOADING
         version.attempts += 1
         try:
-            version.loaded = self._load(config.name, config.base_path / _folder_name(config, number))
+            version.loaded = self._load(config.name, number, find_versions(config.base_path)[number])
         except (StartupError, ServingError) as error:
             _logger.error("Model %s version %d did not load: %s", config.name, number, error)
             version.error = (
@@ -337,11 +337,6 @@ class ModelManager:
                 }
             statuses.append(States(version=number, state=version.state, status=status))
         return statuses
-
-
-def _folder_name(config: ModelConfig, number: int) -> str:
-    """The folder of a version, whose name may begin with zeros."""
-    return next(path.name for path in find_versions(config.base_path) if int(path.name) == number)
 
 
 def read_config_file(path: Path) -> list[ModelConfig]:

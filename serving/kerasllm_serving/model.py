@@ -16,14 +16,17 @@ from kerasllm_serving.tensor_proto import as_array
 
 SAVED_MODEL_FILE = "saved_model.pb"
 DEFAULT_SIGNATURE = "serving_default"
+# Files for devices, which `kerasllm_serving.litert_model` serves.
+LITERT_SUFFIXES = (".tflite", ".litertlm")
 
 
-def find_versions(base_path: Path) -> list[Path]:
-    """Returns the version folders, the highest number last.
+def find_versions(base_path: Path) -> dict[int, Path]:
+    """Returns the version folders by their numbers, the highest last.
 
     Args:
         base_path: Folder that holds numeric version folders, as in `model/1`, `model/2`; whatever
-            else lies there is ignored, so that an export may be written beside them first.
+            else lies there is ignored, so that an export may be written beside them first. Or a file
+            for devices, which is version 1.
 
     Returns:
         The paths of the version folders, at least one.
@@ -31,6 +34,8 @@ def find_versions(base_path: Path) -> list[Path]:
     Raises:
         StartupError: If `base_path` is no folder, or holds no version.
     """
+    if base_path.is_file() and base_path.suffix in LITERT_SUFFIXES:
+        return {1: base_path}
     if not base_path.is_dir():
         raise StartupError(f"`--model_base_path` must be an existing folder. Received: {base_path}")
     if (base_path / SAVED_MODEL_FILE).exists():
@@ -42,18 +47,18 @@ def find_versions(base_path: Path) -> list[Path]:
             "`--model_base_path` must be the folder that holds the numeric version folders. "
             f"Received: {base_path}, which is itself a SavedModel; {advice}"
         )
-    versions = [
-        entry
+    versions = {
+        int(entry.name): entry
         for entry in base_path.iterdir()
         if entry.is_dir() and entry.name.isascii() and entry.name.isdecimal()
-    ]
+    }
     if not versions:
         found = ", ".join(sorted(entry.name for entry in base_path.iterdir())) or "nothing"
         raise StartupError(
             "`--model_base_path` must hold a numeric version folder such as 1. "
             f"Received: {base_path}, which holds: {found}"
         )
-    return sorted(versions, key=lambda entry: int(entry.name))
+    return dict(sorted(versions.items()))
 
 
 @dataclasses.dataclass(frozen=True)

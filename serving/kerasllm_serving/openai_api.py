@@ -209,7 +209,7 @@ class OpenAiApi:
             model, _ = self._generating(fields, held)
             ids = await self._encode_chat(fields, model, await self._read_tools(fields, model))
         else:
-            if "tokenize" not in served.model.servable.signatures:
+            if not served.model.can_tokenize:
                 raise ApiError(
                     400, f"The model `{served.model.name}` has no signature `tokenize`.", "model"
                 )
@@ -224,7 +224,7 @@ class OpenAiApi:
         """POST /detokenize: `tokens` to text."""
         fields = Fields(body)
         model = self._served(fields, held).model
-        if "detokenize" not in model.servable.signatures:
+        if not model.can_tokenize:
             raise ApiError(400, f"The model `{model.name}` has no signature `detokenize`.", "model")
         ids = fields.get("tokens")
         if not _are_token_ids(ids):

@@ -24,6 +24,7 @@ from kerasllm_serving.errors import ServingError, StartupError
 from kerasllm_serving.grpc_service import GrpcOptions, GrpcServer
 from kerasllm_serving.http_app import HttpApp, HttpOptions
 from kerasllm_serving.language_model import LanguageModel
+from kerasllm_serving.litert_model import LiteRtLanguageModel, find_litert_file
 from kerasllm_serving.manager import ModelConfig, ModelManager, read_config_file
 from kerasllm_serving.metrics import MICROSECONDS, Metrics
 from kerasllm_serving.model import ModelOptions, Servable, find_versions
@@ -230,8 +231,8 @@ def _watch_files(
             next_poll = time.monotonic() + options.file_system_poll_wait_seconds
 
 
-def _make_loader(options: ServerOptions, metrics: Metrics) -> Callable[[str, Path], "LoadedVersion"]:
-    """Returns what loads a version, from a model's name and the version folder."""
+def _make_loader(options: ServerOptions, metrics: Metrics) -> Callable[[str, int, Path], "LoadedVersion"]:
+    """Returns what loads a version, from a model's name, the version's number and its path."""
     batching = None
     if options.enable_batching:
         batching = Batching(
@@ -249,7 +250,9 @@ def _make_loader(options: ServerOptions, metrics: Metrics) -> Callable[[str, Pat
         _session_config(options),
         options.enable_signature_method_name_check,
     )
-    return lambda name, path: LoadedVersion(name, path, options, model_options, batching, metrics)
+    return lambda name, number, path: LoadedVersion(
+        name, number, path, options, model_options, batching, metrics
+    )
 
 
 def _session_config(options: ServerOptions) -> config_pb2.ConfigProto:
@@ -326,7 +329,8 @@ class LoadedVersion:
 
     Args:
         name: The model's name.
-        path: The version folder.
+        number: The version's.
+        path: The version folder, or the file.
         options: The server's.
         model_options: How it is loaded and run.
         batching: Runs requests together; None: each is run by itself.
@@ -340,17 +344,25 @@ class LoadedVersion:
     def __init__(
         self,
         name: str,
+        number: int,
         path: Path,
         options: ServerOptions,
         model_options: ModelOptions,
         batching: Batching | None,
         metrics: Metrics,
     ) -> None:
+        self._drain_seconds = options.drain_seconds
+        self.served: Served | None = None
+        self._batcher = None
+        if file := find_litert_file(path):
+            threads = options.tensorflow_intra_op_parallelism or options.tensorflow_session_parallelism
+            model = LiteRtLanguageModel(name, file, number, threads or None)
+            self.servable, self.run = model.servable, model.servable.run
+            self.served = self._serve(model, options, metrics)
+            return
         self.servable = Servable(path, model_options)
         self._batcher = batching.make_batcher(self.servable, path) if batching else None
         self.run = self._batcher.run if self._batcher else self.servable.run
-        self._drain_seconds = options.drain_seconds
-        self.served: Served | None = None
         try:
             self._prepare(name, path, options, metrics)
         except BaseException:
@@ -362,21 +374,25 @@ class LoadedVersion:
             self._warm_up(path, options.num_request_iterations_for_warmup, metrics)
         model = LanguageModel(name, path, self.servable)
         if model.is_language_model:
-            engine = None
-            if model.slots is not None:
-                if options.enable_model_warmup:
-                    model.slots.warm_up()
-                labels = [("model_name", name)]
-                engine = Engine(
-                    model.slots,
-                    options.max_queue,
-                    options.steps_per_turn,
-                    options.prefill_chunk_tokens,
-                    options.enable_prefix_cache,
-                    metrics,
-                    labels,
-                )
-            self.served = Served(model, engine)
+            self.served = self._serve(model, options, metrics)
+
+    def _serve(
+        self, model: LanguageModel | LiteRtLanguageModel, options: ServerOptions, metrics: Metrics
+    ) -> Served:
+        if model.slots is None:
+            return Served(model, None)
+        if options.enable_model_warmup:
+            model.slots.warm_up()
+        engine = Engine(
+            model.slots,
+            options.max_queue,
+            options.steps_per_turn,
+            options.prefill_chunk_tokens,
+            options.enable_prefix_cache,
+            metrics,
+            [("model_name", model.name)],
+        )
+        return Served(model, engine)
 
     def _warm_up(self, path: Path, iterations: int, metrics: Metrics) -> None:
         latency = metrics.histogram(

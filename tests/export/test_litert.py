@@ -197,9 +197,9 @@ def test_the_module_itself_needs_no_tensorflow(tflite):
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
         "print(module.Generator(sys.argv[2]).generate('Once', 3))"
     )
-    import kerasllm.litert
+    import kerasllm_serving.litert
 
-    command = [sys.executable, "-c", code, kerasllm.litert.__file__, str(tflite)]
+    command = [sys.executable, "-c", code, kerasllm_serving.litert.__file__, str(tflite)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

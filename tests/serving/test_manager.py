@@ -52,7 +52,7 @@ def make_version(tmp_path):
 @pytest.fixture
 def make_manager(log):
     def make(*configs, **options):
-        manager = ModelManager(lambda name, path: Version(name, path, log), configs, **options)
+        manager = ModelManager(lambda name, number, path: Version(name, path, log), configs, **options)
         manager.start()
         return manager
 

@@ -19,7 +19,7 @@ def test_the_highest_number_is_the_latest_version(tmp_path):
     for name in ("2", "10", "9.tmp", "latest", "-11", "١٢"):
         (tmp_path / name).mkdir()
     (tmp_path / "11").write_text("a file")
-    assert [path.name for path in find_versions(tmp_path)] == ["2", "10"]
+    assert list(find_versions(tmp_path)) == [2, 10]
 
 
 def test_missing_base_path(tmp_path):
