@@ -30,7 +30,7 @@ from kerasllm_serving.inference import (
     run_multi_inference,
     run_regress,
 )
-from kerasllm_serving.manager import ModelManager, models_of
+from kerasllm_serving.manager import Loaded, ModelManager, models_of
 from kerasllm_serving.metrics import Metrics, ServingMetrics
 from kerasllm_serving.model import DEFAULT_SIGNATURE, Servable
 
@@ -65,6 +65,10 @@ class ServerCore:
         name = model_name if self._manager.has(model_name) else ""
         with self._metrics.observe(name, api, entrypoint):
             yield
+
+    def use(self, model_spec: model_pb2.ModelSpec) -> contextlib.AbstractContextManager[Loaded]:
+        """Gives the version that a request asks for; see `ModelManager.use`."""
+        return self._manager.use(model_spec)
 
     def predict(
         self,

@@ -1,4 +1,4 @@
-"""The gRPC services PredictionService and ModelService, as tensorflow_serving.apis defines them."""
+"""The gRPC services PredictionService and ModelService, as tensorflow_serving.apis has them, and more."""
 
 import dataclasses
 import functools
@@ -24,6 +24,7 @@ from tensorflow_serving.apis import (
 from kerasllm_serving.api_keys import KeyCheck
 from kerasllm_serving.core import ServerCore
 from kerasllm_serving.errors import ServingError, StartupError
+from kerasllm_serving.generation_service import generation_handler
 from kerasllm_serving.health import SERVICE, health_handler
 
 _MAX_STATUS_BYTES = 1024
@@ -85,7 +86,7 @@ class GrpcServer:
             PredictionService(core, options.sends_tensor_content), self._server
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), self._server)
-        self._server.add_generic_rpc_handlers([_no_profiler()])
+        self._server.add_generic_rpc_handlers([generation_handler(core, _truncate), _no_profiler()])
         if options.has_health_check:
             self._server.add_generic_rpc_handlers([health_handler()])
         self.port = self._listen("--port", address, options.credentials)

@@ -150,12 +150,14 @@ def test_unix_socket(make_channel, secure):
 
 def test_grpc_wants_a_key(channel):
     status = model_service_pb2_grpc.ModelServiceStub(channel)
+    generate = channel.unary_stream("/kerasllm.serving.GenerationService/PredictStreamed")
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = "test_model"
     for metadata in ((), (("authorization", "Bearer other"),), (("authorization", KEY),)):
         for call in (
             lambda metadata=metadata: predict(channel, float_request(1), metadata),
             lambda metadata=metadata: status.GetModelStatus(request, timeout=TIMEOUT, metadata=metadata),
+            lambda metadata=metadata: list(generate(b"", timeout=TIMEOUT, metadata=metadata)),
         ):
             with pytest.raises(grpc.RpcError) as caught:
                 call()
@@ -371,7 +373,7 @@ def test_options_that_do_not_fit(capsys, model_base_path, certificates, tmp_path
         ("--enable_profiler", "must be false: there is no profiler"),
         ("--platform_config_file=a", "is not supported: the platform is TensorFlow"),
         ("--num_load_threads=4", "must be 0: versions are loaded one by one"),
-        ("--prefer_tflite_model=true", "must be false: SavedModels only"),
+        ("--prefer_tflite_model=true", "must be false: a .tflite is served where there is no SavedModel"),
         ("--grpc_channel_arguments=a", "must be KEY=VALUE,... Received: a"),
         ("--per_process_gpu_memory_fraction=1.5", "must be a number from 0 to 1. Received: 1.5"),
         ("--enable_batching=maybe", "must be true or false. Received: maybe"),
