@@ -2,28 +2,37 @@
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from tensorflow.core.framework import function_pb2
-from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 _COMPILED = "_XlaMustCompile"
 _LOWERED = "_lower_using_switch_merge"
 
 
-def finish_graph(folder: str | os.PathLike, methods: Mapping[str, str]) -> None:
+# Where signatures are that only the embedded server knows.
+HIDDEN_SIGNATURES = "kerasllm_signatures"
+
+
+def finish_graph(
+    folder: str | os.PathLike, methods: Mapping[str, str], hidden: Collection[str] = ()
+) -> None:
     """Names the methods of signatures, keeps loops for XLA, and makes the functions smaller.
 
     Args:
         folder: The SavedModel.
         methods: By the names of signatures, which call of TensorFlow Serving they answer; those that are
             left out answer Predict.
+        hidden: Names of signatures that stock TensorFlow Serving shall not offer.
     """
     file = pathlib.Path(folder) / "saved_model.pb"
     saved_model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
     for meta_graph in saved_model.meta_graphs:
         for name, method in methods.items():
             meta_graph.signature_def[name].method_name = method
+        if hidden:
+            hide_signatures(meta_graph, hidden)
         library = meta_graph.graph_def.library.function
         functions = {function.signature.name: function for function in library}
         keep_loops_for_xla(functions)
@@ -31,6 +40,25 @@ def finish_graph(folder: str | os.PathLike, methods: Mapping[str, str]) -> None:
             make_smaller(function)
     file.write_bytes(saved_model.SerializeToString(deterministic=True))
     (file.parent / "fingerprint.pb").unlink(missing_ok=True)  # of the file as it was
+
+
+def hide_signatures(meta_graph: meta_graph_pb2.MetaGraphDef, names: Collection[str]) -> None:
+    """Moves signatures into a collection of the graph, where a session finds the same tensors.
+
+    Args:
+        meta_graph: The graph; changed.
+        names: The signatures.
+    """
+    hidden = meta_graph_pb2.MetaGraphDef()
+    for name in names:
+        hidden.signature_def[name].CopyFrom(meta_graph.signature_def[name])
+        del meta_graph.signature_def[name]
+    content = hidden.SerializeToString(deterministic=True)
+    meta_graph.collection_def[HIDDEN_SIGNATURES].bytes_list.value.append(content)
+    nodes = meta_graph.object_graph_def.nodes
+    (signatures,) = (child.node_id for child in nodes[0].children if child.local_name == "signatures")
+    for child in [child for child in nodes[signatures].children if child.local_name in names]:
+        nodes[signatures].children.remove(child)
 
 
 def keep_loops_for_xla(functions: Mapping[str, function_pb2.FunctionDef]) -> None:

@@ -240,9 +240,12 @@ def export_saved_model(
         except ValueError as error:
             omitted["chat"] = str(error)
             logging.getLogger(__name__).warning("No signature `chat`: %s", error)
+    hidden = {}
     if slots:
         compiled = gains_from_xla(model) if jit_compile is None else jit_compile
         module.slots = SlotDecoder(generator, slots, slot_length, compiled)
+        # So that a server needs to load the folder only once.
+        hidden = {f"slots_{name}": function for name, function in module.slots.functions().items()}
     return _write(
         module,
         functions,
@@ -251,6 +254,7 @@ def export_saved_model(
         generator.limits,
         files={"generation_config.json": config.to_huggingface(tokenizer.eos_id)},
         more={"omitted_signatures": omitted, "slots": slots, "jit_compile": bool(jit_compile)},
+        hidden=hidden,
     )
 
 
@@ -362,8 +366,10 @@ def _write(
     methods: Mapping[str, str] | None = None,
     files: Mapping[str, Mapping[str, Any]] | None = None,
     more: Mapping[str, Any] | None = None,
+    hidden: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
     """Writes the folder: the SavedModel, and what describes it in `assets.extra/`."""
+    hidden = hidden or {}
     manifest = {
         "kerasllm_version": __version__,
         "tensorflow_version": tf.__version__,
@@ -378,8 +384,8 @@ def _write(
         with _narrow_weights(model):
             # The gradients of functions that have their own would be saved too; nobody takes them here.
             options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-            tf.saved_model.save(module, str(folder), signatures=functions, options=options)
-        finish_graph(folder, methods or {})
+            tf.saved_model.save(module, str(folder), signatures={**functions, **hidden}, options=options)
+        finish_graph(folder, methods or {}, hidden)
         extra = folder / "assets.extra"
         module.tokenizer.save(extra)
         for name, content in {**(files or {}), MANIFEST: manifest}.items():

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from keras import ops
@@ -126,6 +126,14 @@ class SlotDecoder(tf.Module):
         if generator.tokenizer.can_be_shielded:
             text = tf.TensorSpec([], tf.string, name="text")
             self.encode_chat = tf.function(self._encode_chat, input_signature=[text], autograph=False)
+
+    def functions(self) -> dict[str, Any]:
+        """Returns the functions by their names."""
+        names = ("reset", "insert", "read", "copy", "step", "free", "alternatives", "token_texts", "sizes")
+        functions = {name: getattr(self, name) for name in names}
+        if self._plain[0].tokenizer.can_be_shielded:
+            functions["encode_chat"] = self.encode_chat
+        return functions
 
     # The memory is a flat list of variables.
 

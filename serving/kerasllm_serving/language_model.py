@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 import tokenizers
 
 from kerasllm_serving.chat import ChatTemplate
@@ -47,7 +46,7 @@ class LanguageModel:
         self.can_embed = is_ours and "embed" in servable.signatures
         self.can_generate = is_ours and "generate" in servable.signatures
         self.generation_config = read_json(path / _EXTRA / "generation_config.json")
-        self.slots = LoadedSlots(path) if self.manifest.get("slots") else None
+        self.slots = LoadedSlots(servable) if self.manifest.get("slots") else None
         self.constraints = None
         if self.slots is not None and self.slots.end_ids and (path / _EXTRA / "tokenizer.json").is_file():
             self.constraints = ConstraintFactory(
@@ -122,35 +121,35 @@ class LanguageModel:
 
 
 class LoadedSlots:
-    """The functions below `slots` of a SavedModel, with arrays in and out; see `engine.SlotModel`.
+    """The functions of an export with slots; see `engine.SlotModel`.
 
     Args:
-        path: The version folder.
+        servable: The loaded version.
 
     Raises:
         StartupError: If the folder's functions are not those that this server knows.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._loaded = tf.saved_model.load(str(path))  # kept, for it owns the variables
-        self._slots = self._loaded.slots
-        sizes = self._slots.sizes() if hasattr(self._slots, "sizes") else {}
-        if "end_ids" not in sizes or not hasattr(self._slots, "copy"):
+    def __init__(self, servable: Servable) -> None:
+        self._servable = servable
+        if not {"slots_sizes", "slots_copy"} <= servable.hidden.keys():
             raise StartupError(
-                f"A folder with slots must be of this release. Received: {path}, of an older one; "
-                "export it again"
+                "A folder with slots must be of this release. "
+                f"Received: version {servable.version}, of an older one; export it again"
             )
-        sizes = {name: number.numpy() for name, number in sizes.items()}
-        self._step_rows = sizes.pop("step_rows").tolist()
-        self.end_ids = sizes.pop("end_ids").tolist()
-        sizes = {name: int(number) for name, number in sizes.items()}
-        self.slots, self.length = sizes["slots"], sizes["length"]
-        self.vocabulary, self.most_alternatives = sizes["vocabulary"], sizes["alternatives"]
-        self.can_chat = hasattr(self._slots, "encode_chat")
+        sizes = self._call("sizes")
+        self._step_rows = sizes["step_rows"].tolist()
+        self.end_ids = sizes["end_ids"].tolist()
+        self.slots, self.length = int(sizes["slots"]), int(sizes["length"])
+        self.vocabulary, self.most_alternatives = int(sizes["vocabulary"]), int(sizes["alternatives"])
+        self.can_chat = "slots_encode_chat" in servable.hidden
+
+    def _call(self, name: str, **inputs: np.ndarray) -> Report:
+        return self._servable.call(f"slots_{name}", inputs)
 
     def reset(self) -> None:
         """Makes the memory, and frees all slots."""
-        self._slots.reset()
+        self._call("reset")
 
     def warm_up(self) -> None:
         """Runs each function once, for the first run takes seconds."""
@@ -166,73 +165,61 @@ class LoadedSlots:
 
     def read(self, slot: int, token_ids: Sequence[int], start: int) -> None:
         """Reads tokens of a prompt into a free slot, from place `start` on."""
-        ids = tf.constant(list(token_ids), tf.int32)
-        self._slots.read(slot=_integer(slot), token_ids=ids, start=_integer(start))
+        self._call("read", slot=_integers(slot), token_ids=_integers(token_ids), start=_integers(start))
 
     def copy(self, source: int, slot: int, count: int) -> None:
         """Takes over the first tokens of another slot into a free one."""
-        self._slots.copy(source=_integer(source), slot=_integer(slot), count=_integer(count))
+        self._call("copy", source=_integers(source), slot=_integers(slot), count=_integers(count))
 
     def insert(self, slot: int, row: RowRequest, start: int) -> Report:
         """Reads a prompt from place `start` on into a slot and makes its first token; returns the report
         of all slots."""
-        return _arrays(
-            self._slots.insert(
-                slot=_integer(slot),
-                token_ids=tf.constant(list(row.token_ids), tf.int32),
-                start=_integer(start),
-                max_new_tokens=_integer(row.max_new_tokens),
-                temperature=_float(row.temperature),
-                top_k=_integer(row.top_k),
-                top_p=_float(row.top_p),
-                min_p=_float(row.min_p),
-                repetition_penalty=_float(row.repetition_penalty),
-                seed=_integer(row.seed),
-                stop=tf.constant(list(row.stop), tf.string),
-                presence_penalty=_float(row.presence_penalty),
-                frequency_penalty=_float(row.frequency_penalty),
-                min_new_tokens=_integer(row.min_new_tokens),
-                bias_ids=tf.constant(list(row.logit_bias), tf.int32),
-                bias_values=tf.constant(list(row.logit_bias.values()), tf.float32),
-                allowed=tf.constant(row.constraint.mask() if row.constraint else [], tf.int32),
-            )
+        return self._call(
+            "insert",
+            slot=_integers(slot),
+            token_ids=_integers(row.token_ids),
+            start=_integers(start),
+            max_new_tokens=_integers(row.max_new_tokens),
+            temperature=np.float32(row.temperature),
+            top_k=_integers(row.top_k),
+            top_p=np.float32(row.top_p),
+            min_p=np.float32(row.min_p),
+            repetition_penalty=np.float32(row.repetition_penalty),
+            seed=_integers(row.seed),
+            stop=_strings(row.stop),
+            presence_penalty=np.float32(row.presence_penalty),
+            frequency_penalty=np.float32(row.frequency_penalty),
+            min_new_tokens=_integers(row.min_new_tokens),
+            bias_ids=_integers(list(row.logit_bias)),
+            bias_values=np.array(list(row.logit_bias.values()), np.float32),
+            allowed=_integers(row.constraint.mask() if row.constraint else []),
         )
 
     def step(self, steps: int, masks: Mapping[int, np.ndarray] = MappingProxyType({})) -> Report:
         """Makes so many tokens for each active slot; returns the report of all slots."""
-        masked = tf.constant(list(masks), tf.int32)
-        allowed = tf.constant(np.stack(list(masks.values())) if masks else np.zeros([0, 0], np.int32))
-        return _arrays(self._slots.step(steps=_integer(steps), masked=masked, allowed=allowed))
+        allowed = np.stack(list(masks.values())) if masks else np.zeros([0, 0], np.int32)
+        return self._call("step", steps=_integers(steps), masked=_integers(list(masks)), allowed=allowed)
 
     def free(self, slot: int) -> None:
         """Ends a slot before its time."""
-        self._slots.free(slot=_integer(slot))
+        self._call("free", slot=_integers(slot))
 
     def alternatives(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
         """The likeliest tokens of each place of a slot's new text, and their log-probabilities."""
-        found = self._slots.alternatives(slot=_integer(slot))
-        return found["token_ids"].numpy(), found["logprobs"].numpy()
+        found = self._call("alternatives", slot=_integers(slot))
+        return found["token_ids"], found["logprobs"]
 
     def token_texts(self, token_ids: Sequence[int]) -> list[bytes]:
         """The bytes that tokens stand for inside of a text."""
-        ids = tf.constant(list(token_ids), tf.int32)
-        return self._slots.token_texts(token_ids=ids)["text"].numpy().tolist()
+        return self._call("token_texts", token_ids=_integers(token_ids))["text"].tolist()
 
     def encode_chat(self, text: bytes) -> list[int]:
         """The ids of a rendered chat, see `ChatTemplate`."""
-        return self._slots.encode_chat(text=tf.constant(text))["token_ids"].numpy().tolist()
+        return self._call("encode_chat", text=np.array(text, object))["token_ids"].tolist()
 
 
-def _integer(number: int) -> tf.Tensor:
-    return tf.constant(number, tf.int32)
-
-
-def _float(number: float) -> tf.Tensor:
-    return tf.constant(number, tf.float32)
-
-
-def _arrays(outputs: Mapping[str, tf.Tensor]) -> Report:
-    return {name: value.numpy() for name, value in outputs.items()}
+def _integers(numbers: int | Sequence[int]) -> np.ndarray:
+    return np.array(numbers, np.int32)
 
 
 def _strings(texts: Sequence[str]) -> np.ndarray:

@@ -16,6 +16,7 @@ from kerasllm_serving.tensor_proto import as_array
 
 SAVED_MODEL_FILE = "saved_model.pb"
 DEFAULT_SIGNATURE = "serving_default"
+_HIDDEN_SIGNATURES = "kerasllm_signatures"
 # Files for devices, which `kerasllm_serving.litert_model` serves.
 LITERT_SUFFIXES = (".tflite", ".litertlm")
 
@@ -91,13 +92,13 @@ class Servable:
         self.version = int(path.name)
         self.options = options or ModelOptions()
         meta_graph = _read_meta_graph(path, self.options.tags)
-        self.signatures: dict[str, meta_graph_pb2.SignatureDef] = {}
-        for name, signature in meta_graph.signature_def.items():
-            # A copy, so that the graph around it goes.
-            self.signatures[name] = meta_graph_pb2.SignatureDef()
-            self.signatures[name].CopyFrom(signature)
+        self.signatures = _copy_signatures(meta_graph)
+        # Those that no request reaches, of exports with slots.
+        self.hidden: dict[str, meta_graph_pb2.SignatureDef] = {}
+        for content in meta_graph.collection_def[_HIDDEN_SIGNATURES].bytes_list.value:
+            self.hidden |= _copy_signatures(meta_graph_pb2.MetaGraphDef.FromString(content))
         try:
-            self._session, feeds = _load_session(path, self.signatures, self.options)
+            self._session, feeds = _load_session(path, self.signatures | self.hidden, self.options)
         except StartupError:
             raise
         except Exception as error:  # a broken artifact raises many types; its reader gets one
@@ -160,7 +161,7 @@ class Servable:
         """Runs a signature; safe to call from several threads.
 
         Args:
-            signature_name: A name in `signatures`.
+            signature_name: A name in `signatures` or `hidden`.
             inputs: Arrays by the names of the inputs.
 
         Returns:
@@ -169,7 +170,7 @@ class Servable:
         Raises:
             ServingError: If the graph fails, with the graph's own code and message.
         """
-        signature = self.signatures[signature_name]
+        signature = (self.signatures | self.hidden)[signature_name]
         feeds = {signature.inputs[name].name: value for name, value in inputs.items()}
         names = list(signature.outputs)
         arrays = self.run(feeds, [signature.outputs[name].name for name in names])
@@ -178,6 +179,15 @@ class Servable:
     def close(self) -> None:
         """Cancels what still runs and frees the session."""
         self._session.close()
+
+
+def _copy_signatures(meta_graph: meta_graph_pb2.MetaGraphDef) -> dict[str, meta_graph_pb2.SignatureDef]:
+    """Returns the signatures as copies, so that the graph around them goes."""
+    signatures = {}
+    for name, signature in meta_graph.signature_def.items():
+        signatures[name] = meta_graph_pb2.SignatureDef()
+        signatures[name].CopyFrom(signature)
+    return signatures
 
 
 def _read_meta_graph(path: Path, tags: Sequence[str]) -> meta_graph_pb2.MetaGraphDef:

@@ -14,6 +14,7 @@ from kerasllm_serving.engine import Engine, RowRequest, held_back
 from kerasllm_serving.errors import ServingError
 from kerasllm_serving.language_model import LoadedSlots
 from kerasllm_serving.metrics import Metrics
+from kerasllm_serving.model import Servable
 from reference.saved_models import random_requests
 
 SECONDS = 60
@@ -21,7 +22,7 @@ SECONDS = 60
 
 @pytest.fixture(scope="module")
 def slots(random_served):
-    return LoadedSlots(random_served / "1")
+    return LoadedSlots(Servable(random_served / "1"))
 
 
 @pytest.fixture
