@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import tensorflow as tf
-from reference.saved_models import NUMBERS, SETTINGS, random_requests
+from reference.saved_models import NUMBERS, SETTINGS, random_requests, read_graph
 
 from kerasllm.generation.slots import FURTHER
 
@@ -297,6 +297,16 @@ def test_bad_input(random_loaded):
         slots.step(steps=tf.constant(2), masked=tf.constant([0]), allowed=tf.zeros([1, 13], tf.int32))
     with pytest.raises(tf.errors.InvalidArgumentError, match="`allowed` must be empty or 13 numbers"):
         slots.insert(**good | {"slot": tf.constant(1), "allowed": tf.constant([1])})
+
+
+def test_only_the_embedded_server_finds_them_as_signatures(random_served, random_loaded):
+    meta_graph = read_graph(random_served / "1")
+    offered = {*meta_graph.signature_def, *random_loaded.signatures}
+    assert offered and not any(name.startswith("slots_") for name in offered)
+    (content,) = meta_graph.collection_def["kerasllm_signatures"].bytes_list.value
+    hidden = type(meta_graph).FromString(content).signature_def
+    functions = {f"slots_{name}" for name in dir(random_loaded.slots) if not name.startswith("_")}
+    assert {"slots_insert", "slots_step", "slots_encode_chat"} <= set(hidden) <= functions
 
 
 def test_the_memory_is_in_no_file(random_served, random_lm, tmp_path):
