@@ -11,6 +11,7 @@ from typing import Any
 
 from kerasllm_serving.engine import Piece, RowRequest
 from kerasllm_serving.fields import ApiError, Fields
+from kerasllm_serving.stream import Usage
 from kerasllm_serving.tool_calls import Call, Tools
 
 # Fields that ask for something this server does not do: the values that ask for nothing, and a way out.
@@ -157,11 +158,11 @@ class ResponseForm:
         self._message: dict[str, Any] | None = None  # The one that is being written.
         self._reason: str | None = None
 
-    def whole(self, pieces: Sequence[Piece], prompt_tokens: int, tokens: int) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """The response."""
         for piece in pieces:
             list(self.events(piece))
-        list(self.end(prompt_tokens, tokens))
+        list(self.end(usage))
         return self._response
 
     def start(self) -> Iterator[dict[str, Any]]:
@@ -181,7 +182,7 @@ class ResponseForm:
             yield from self._finish_message("completed")
             yield from self._call(call)
 
-    def end(self, prompt_tokens: int, tokens: int) -> Iterator[dict[str, Any]]:
+    def end(self, usage: Usage) -> Iterator[dict[str, Any]]:
         """The response as a whole."""
         status = "incomplete" if self._reason == "length" else "completed"
         if not self._response["output"]:
@@ -193,11 +194,11 @@ class ResponseForm:
             "status": status,
             "completed_at": int(time.time()) if status == "completed" else None,
             "usage": {
-                "input_tokens": prompt_tokens,
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-                "output_tokens": tokens,
+                "input_tokens": usage.read,
+                "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+                "output_tokens": usage.made,
                 "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": prompt_tokens + tokens,
+                "total_tokens": usage.read + usage.made,
             },
         }
         yield self._event(f"response.{status}", response=self._response)

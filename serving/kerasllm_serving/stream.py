@@ -2,11 +2,25 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from kerasllm_serving.engine import Engine, Job, Piece, RowRequest
 from kerasllm_serving.errors import ServingError
 from kerasllm_serving.fields import ApiError, from_serving_error
+
+
+class Usage(NamedTuple):
+    """How many tokens were read and made.
+
+    Attributes:
+        read: Of the prompts.
+        cached: Of these, how many had been read before.
+        made: New ones.
+    """
+
+    read: int
+    cached: int
+    made: int
 
 
 class Form(Protocol):
@@ -18,8 +32,8 @@ class Form(Protocol):
 
     has_named_events: bool
 
-    def whole(self, pieces: Sequence[Piece], prompt_tokens: int, tokens: int) -> dict[str, Any]:
-        """The whole answer, from a piece for each row and the numbers of tokens read and made."""
+    def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """The whole answer, from a piece for each row."""
 
     def start(self) -> Iterable[dict[str, Any]]:
         """The objects of a stream before there is a token."""
@@ -27,7 +41,7 @@ class Form(Protocol):
     def events(self, piece: Piece) -> Iterable[dict[str, Any]]:
         """The objects of a piece."""
 
-    def end(self, prompt_tokens: int, tokens: int) -> Iterable[dict[str, Any]]:
+    def end(self, usage: Usage) -> Iterable[dict[str, Any]]:
         """The objects after the last piece."""
 
     def error(self, error: ApiError) -> dict[str, Any]:
@@ -61,6 +75,9 @@ class Stream:
         self.form = form
         self._prompt_tokens = prompt_tokens
         self._tokens = 0
+        # By prompts, whose rows share a list of tokens: how much of it had been read before.
+        self._cached_tokens: dict[int, int] = {}
+        self._rows = rows
         self._rows_left = len(rows)
 
         def deliver(piece: Piece | ServingError) -> None:
@@ -84,6 +101,7 @@ class Stream:
             if isinstance(piece, ServingError):
                 raise from_serving_error(piece)
             self._tokens += len(piece.token_ids)
+            self._cached_tokens.setdefault(id(self._rows[piece.row].token_ids), piece.cached_tokens)
             self._rows_left -= piece.finish_reason is not None
             yield piece
 
@@ -96,7 +114,7 @@ class Stream:
         finally:
             self.close()
         joined = [_join(parts) for parts in pieces.values()]
-        return self.form.whole(joined, self._prompt_tokens, self._tokens)
+        return self.form.whole(joined, self._usage())
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """Yields the objects of the stream."""
@@ -106,10 +124,13 @@ class Stream:
             async for piece in self._next():
                 for event in self.form.events(piece):
                     yield event
-            for event in self.form.end(self._prompt_tokens, self._tokens):
+            for event in self.form.end(self._usage()):
                 yield event
         finally:
             self.close()
+
+    def _usage(self) -> Usage:
+        return Usage(self._prompt_tokens, sum(self._cached_tokens.values()), self._tokens)
 
 
 def _join(pieces: Sequence[Piece]) -> Piece:
