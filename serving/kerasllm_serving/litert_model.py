@@ -1,5 +1,6 @@
 """A language model in a `.tflite` or `.litertlm` file: the second engine, for one row at a time."""
 
+import functools
 import logging
 import re
 import struct
@@ -7,6 +8,7 @@ import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,6 +28,7 @@ from kerasllm_serving.litert import (
     uniform_numbers,
 )
 from kerasllm_serving.model import LITERT_SUFFIXES, SAVED_MODEL_FILE
+from kerasllm_serving.tool_calls import CallForm, find_call_form
 
 _MOST_ALTERNATIVES = 20
 _FORBIDDEN = np.finfo("float32").min
@@ -69,8 +72,8 @@ class LiteRtLanguageModel:
     """
 
     can_embed = False
-    constraints = None  # Answers are not kept to schemas here.
     can_generate = is_language_model = can_tokenize = True
+    constraints = None  # There is no table of the tokens' bytes, which they need.
 
     def __init__(self, name: str, path: Path, version: int, num_threads: int | None = None) -> None:
         self.name = name
@@ -144,6 +147,11 @@ class LiteRtLanguageModel:
                 return False
         return True
 
+    @functools.cached_property
+    def call_form(self) -> CallForm:
+        """How the model writes calls of tools; a ValueError if its chat template does not say."""
+        return find_call_form(self.chat_template)
+
     def tokenize(self, text: str) -> list[int]:
         """Turns a text into ids, with the tokens that the tokenizer puts around one."""
         try:
@@ -194,7 +202,6 @@ class LiteRtSlots:
         self._model = model
         self._tokenizer = tokenizer
         self._end_ids = end_ids
-        self.end_ids = sorted(end_ids)
         self._suppressed = list(suppressed)
         self.length, self.vocabulary = model.cache_length, model.vocabulary_size
         self.reset()
@@ -221,15 +228,17 @@ class LiteRtSlots:
         """Reads the rest of a prompt and makes its first token; returns the report."""
         self._model.prefill(row.token_ids[start:-1], start)
         self._row = _Row(row, self._tokenizer)
-        return self.step(1, {0: row.constraint.mask()} if row.constraint else {})
+        return self.step(1)
 
-    def step(self, steps: int, masks: Mapping[int, np.ndarray]) -> Report:
-        """Makes so many tokens, of those that a mask allows; returns the report."""
+    def step(self, steps: int, masks: Mapping[int, np.ndarray] = MappingProxyType({})) -> Report:
+        """Makes so many tokens; returns the report."""
+        if masks:
+            raise unimplemented("A file for devices knows no masks of tokens.")
         row = self._row
         while steps and row.finish_reason is None:
             steps -= 1
             logits = self._model.decode(row.sequence[-1], len(row.sequence) - 1)
-            row.add(self._choose(row, logits, masks.get(0)), logits, self._end_ids)
+            row.add(self._choose(row, logits), logits, self._end_ids)
         return {
             "num_tokens": np.array([row.count]),
             "token_ids": np.array([row.sequence[len(row.request.token_ids) :]]),
@@ -252,7 +261,7 @@ class LiteRtSlots:
         decode = self._tokenizer.decode
         return [decode([number], skip_special_tokens=False).encode() for number in token_ids]
 
-    def _choose(self, row: "_Row", logits: np.ndarray, mask: np.ndarray | None) -> int:
+    def _choose(self, row: "_Row", logits: np.ndarray) -> int:
         """Chooses a token by the rules of `kerasllm.generation`, in its order."""
         request, scores = row.request, logits.astype(np.float32)
         for number, bias in request.logit_bias.items():
@@ -265,9 +274,6 @@ class LiteRtSlots:
             scores[made.astype(int)] -= penalty.astype(np.float32)
         if row.count < request.min_new_tokens:
             scores[list(self._end_ids)] = _FORBIDDEN
-        if mask is not None:
-            allowed = np.unpackbits(mask.astype("<i4").view(np.uint8), bitorder="little")
-            scores = np.where(allowed[: len(scores)], scores, _FORBIDDEN)
         settings = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         number = row.uniform[row.count]
         return choose_token(scores, number, row.sequence, settings | {"repetition_penalty": 1.0})

@@ -318,7 +318,9 @@ class OpenAiApi:
         factory = model.constraints
         if factory is None:
             raise ApiError(
-                400, f"The model `{model.name}` has no token that ends a text, which `{name}` needs.", name
+                400,
+                f"`{name}` needs a SavedModel whose texts a token ends. The model `{model.name}` is none.",
+                name,
             )
         if fields.get("ignore_eos") or fields.get("min_tokens"):
             raise ApiError(
