@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 after a signal, 1 if the server cannot start.
     """
-    flags = _make_parser().parse_args(argv)
+    flags = make_parser().parse_args(argv)
     if flags.rest_api_port == flags.port != 0:
         print(
             "kerasllm_serving: error: `--rest_api_port` must differ from `--port`. "
@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m kerasllm_serving",
         usage="%(prog)s (--model_base_path=FOLDER | --model_config_file=FILE) [--flag=value ...]",
