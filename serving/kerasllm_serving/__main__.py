@@ -339,6 +339,19 @@ def _add_rest(group: argparse._ArgumentGroup) -> None:
         "`Authorization: Bearer KEY`, over gRPC as metadata (default: anybody may ask)",
     )
     group.add_argument(
+        "--max_requests_per_minute_per_key",
+        type=_positive,
+        metavar="N",
+        help="how often a key may ask in a minute; more gets 429 with Retry-After, over gRPC "
+        "RESOURCE_EXHAUSTED; without keys all are one (default: as often as it likes)",
+    )
+    group.add_argument(
+        "--max_concurrent_requests_per_key",
+        type=_positive,
+        metavar="N",
+        help="how many requests of a key are answered at once (default: any number)",
+    )
+    group.add_argument(
         "--max_body_bytes",
         type=_positive,
         default=64 * 2**20,

@@ -18,16 +18,23 @@ class ApiError(Exception):
         message: What went wrong.
         param: The field that is wrong.
         code: A word for programs.
+        seconds: After which it may be asked again, where that would help.
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        seconds: float = 1.0,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.seconds = seconds
 
     @property
     def body(self) -> dict[str, Any]:
@@ -40,7 +47,7 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """What goes with it: when to ask again."""
-        return {"retry-after": "1"} if self.status in (429, 503) else {}
+        return {"retry-after": str(math.ceil(self.seconds))} if self.status in (429, 503) else {}
 
 
 def from_serving_error(error: ServingError) -> ApiError:

@@ -1,9 +1,10 @@
 """The gRPC services PredictionService and ModelService, as tensorflow_serving.apis has them, and more."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from kerasllm_serving.api_keys import KeyCheck
+from kerasllm_serving.api_keys import KeyCheck, TooManyRequests
 from kerasllm_serving.core import ServerCore
 from kerasllm_serving.errors import ServingError, StartupError
 from kerasllm_serving.generation_service import generation_handler
@@ -40,8 +41,7 @@ class GrpcOptions:
 
     Args:
         max_threads: How many requests are worked on at once; the others wait.
-        api_keys: One of them has to come with each request, as the metadata `authorization: Bearer KEY`;
-            none: anybody may ask.
+        keys: Who may ask, by the metadata `authorization: Bearer KEY`, and how much.
         socket_path: A Unix socket to listen at as well.
         credentials: What connections are encrypted with; None: they are not.
         channel_arguments: Settings of gRPC's core.
@@ -50,7 +50,7 @@ class GrpcOptions:
     """
 
     max_threads: int
-    api_keys: Collection[str] = ()
+    keys: KeyCheck = dataclasses.field(default_factory=KeyCheck)
     socket_path: str | None = None
     credentials: grpc.ServerCredentials | None = None
     channel_arguments: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
@@ -79,7 +79,7 @@ class GrpcServer:
         } | options.channel_arguments
         self._server = grpc.server(
             futures.ThreadPoolExecutor(options.max_threads, thread_name_prefix="grpc"),
-            interceptors=[_KeyCheck(options.api_keys)] if options.api_keys else [],
+            interceptors=[_Admission(options.keys)],
             options=list(settings.items()),
         )
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
@@ -130,11 +130,11 @@ def _no_profiler() -> grpc.GenericRpcHandler:
     )
 
 
-class _KeyCheck(grpc.ServerInterceptor):
-    """Answers UNAUTHENTICATED where no API key comes."""
+class _Admission(grpc.ServerInterceptor):
+    """Answers UNAUTHENTICATED where no API key comes, RESOURCE_EXHAUSTED where it asks for too much."""
 
-    def __init__(self, api_keys: Collection[str]) -> None:
-        self._check = KeyCheck(api_keys)
+    def __init__(self, keys: KeyCheck) -> None:
+        self._keys = keys
 
         def refuse(request: bytes, context: grpc.ServicerContext) -> None:
             context.abort(
@@ -145,10 +145,34 @@ class _KeyCheck(grpc.ServerInterceptor):
         self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
 
     def intercept_service(self, continuation, details):
+        handler = continuation(details)
         if details.method.startswith(f"/{SERVICE}/"):
-            return continuation(details)  # as /health over HTTP
-        sent = dict(details.invocation_metadata).get("authorization", "")
-        return continuation(details) if self._check(sent.encode()) else self._refusal
+            return handler  # as /health over HTTP
+        key = self._keys.find(dict(details.invocation_metadata).get("authorization", "").encode())
+        if key is None:
+            return self._refusal
+        if handler is None:
+            return None
+        name = "unary_stream" if handler.response_streaming else "unary_unary"
+        guard = self._guard_stream if handler.response_streaming else self._guard
+        return handler._replace(**{name: functools.partial(guard, key, getattr(handler, name))})
+
+    def _guard(self, key: bytes, answer: Callable, request: Message, context: grpc.ServicerContext):
+        with self._answering(key, context):
+            return answer(request, context)
+
+    def _guard_stream(self, key: bytes, answer: Callable, request: Message, context: grpc.ServicerContext):
+        with self._answering(key, context):
+            yield from answer(request, context)
+
+    @contextlib.contextmanager
+    def _answering(self, key: bytes, context: grpc.ServicerContext) -> Iterator[None]:
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(self._keys.answering(key))
+            except TooManyRequests as error:
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            yield
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):

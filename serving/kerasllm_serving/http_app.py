@@ -8,12 +8,12 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Executor
 from importlib import resources
 from typing import Any, Protocol
 
-from kerasllm_serving.api_keys import KeyCheck
+from kerasllm_serving.api_keys import KeyCheck, TooManyRequests
 from kerasllm_serving.fields import ApiError
 from kerasllm_serving.metrics import MICROSECONDS, Metrics
 from kerasllm_serving.openai_api import OpenAiApi, Served
@@ -40,14 +40,14 @@ class HttpOptions:
     """How requests are let in.
 
     Args:
-        api_keys: One of them has to come with each request; none: anybody may ask.
+        keys: Who may ask, and how much.
         max_body_bytes: Most bytes of a body.
         allows_cors: Whether pages of other servers may ask.
         has_access_log: Whether each request is logged, without what it says.
         metrics_paths: Where the numbers are.
     """
 
-    api_keys: Collection[str] = ()
+    keys: KeyCheck = dataclasses.field(default_factory=KeyCheck)
     max_body_bytes: int = 64 * 2**20
     allows_cors: bool = False
     has_access_log: bool = False
@@ -93,7 +93,6 @@ class HttpApp:
         self._options = options
         self._executor = executor
         self._metrics = metrics
-        self._may_ask = KeyCheck(options.api_keys)
         self._page = resources.files("kerasllm_serving").joinpath("page.html").read_bytes()
         api = OpenAiApi(state.find, executor, generation_timeout)
         self._posts: Mapping[str, Callable] = {
@@ -125,7 +124,11 @@ class HttpApp:
             return
         exchange = _Exchange(scope, receive, send, self._options)
         try:
-            await self._answer(exchange)
+            if exchange.path in _PUBLIC or exchange.method == "OPTIONS":
+                await self._answer(exchange)
+            else:
+                with self._admitted(exchange):
+                    await self._answer(exchange)
         except ApiError as error:
             await self._refuse(exchange, error)
         except (_Disconnected, OSError):
@@ -141,8 +144,6 @@ class HttpApp:
         if method == "OPTIONS" and self._options.allows_cors:
             await exchange.respond(204, _JSON, b"")
             return
-        if path not in _PUBLIC:
-            self._check_key(exchange)
         if path in self._gets or path in self._posts:
             wanted = "GET" if path in self._gets else "POST"
             if method != wanted and (method, wanted) != ("HEAD", "GET"):
@@ -206,11 +207,23 @@ class HttpApp:
 
     # Before the answer
 
-    def _check_key(self, exchange: "_Exchange") -> None:
-        if not self._may_ask(exchange.header(b"authorization")):
+    @contextlib.contextmanager
+    def _admitted(self, exchange: "_Exchange") -> Iterator[None]:
+        """Asks for a key, and counts what it asks for; not what tells of the server only."""
+        keys = self._options.keys
+        key = keys.find(exchange.header(b"authorization"))
+        if key is None:
             raise ApiError(
                 401, "A valid API key must come as `Authorization: Bearer KEY`.", code="invalid_api_key"
             )
+        with contextlib.ExitStack() as held:
+            if exchange.path not in self._gets:
+                try:
+                    held.enter_context(keys.answering(key))
+                except TooManyRequests as error:
+                    code = "rate_limit_exceeded"
+                    raise ApiError(429, str(error), code=code, seconds=error.seconds) from error
+            yield
 
     def _check_ready(self) -> None:
         problem = self._state.problem()

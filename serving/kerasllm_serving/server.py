@@ -16,6 +16,7 @@ import uvicorn
 from tensorflow.core.protobuf import config_pb2
 from tensorflow_serving.apis import model_pb2
 
+from kerasllm_serving.api_keys import KeyCheck
 from kerasllm_serving.batching import Batching, read_batching_parameters
 from kerasllm_serving.config_files import parse_text, read_config
 from kerasllm_serving.core import ServerCore
@@ -81,6 +82,9 @@ class ServerOptions:
         load_retry_interval_micros: Microseconds before a version that did not load is tried again.
         num_request_iterations_for_warmup: How often each warm-up request is run.
         api_keys: One of them has to come with each request; none: anybody may ask.
+        max_requests_per_minute_per_key: How many requests of a key are answered in a minute; None: any
+            number.
+        max_concurrent_requests_per_key: How many of them at once; None: any number.
         max_body_bytes: Most bytes of the body of a REST request.
         access_log: Whether each REST request is logged, without what it says.
         max_queue: Most rows that wait for a slot of a language model.
@@ -128,6 +132,8 @@ class ServerOptions:
     load_retry_interval_micros: int = 60_000_000
     num_request_iterations_for_warmup: int = 1
     api_keys: tuple[str, ...] = ()
+    max_requests_per_minute_per_key: int | None = None
+    max_concurrent_requests_per_key: int | None = None
     max_body_bytes: int = 64 * 2**20
     access_log: bool = False
     max_queue: int = 256
@@ -158,7 +164,10 @@ def serve(options: ServerOptions) -> None:
     _check_rest_port(options)
     metrics = Metrics()
     load = _make_loader(options, metrics)
-    grpc_options = _grpc_options(options)
+    keys = KeyCheck(
+        options.api_keys, options.max_requests_per_minute_per_key, options.max_concurrent_requests_per_key
+    )
+    grpc_options = _grpc_options(options, keys)
     # Before the load, which may take minutes.
     check_port_is_free("--port", options.host, options.port)
     check_port_is_free("--rest_api_port", options.host, options.rest_api_port)
@@ -170,7 +179,7 @@ def serve(options: ServerOptions) -> None:
 
     state = ServerState(options)
     # It says that the model is being loaded, until it is.
-    rest_server = _start_rest_server(state, options, metrics) if options.rest_api_port else None
+    rest_server = _start_rest_server(state, options, keys, metrics) if options.rest_api_port else None
     try:
         manager = ModelManager(
             load,
@@ -271,10 +280,10 @@ def _session_config(options: ServerOptions) -> config_pb2.ConfigProto:
     return config
 
 
-def _grpc_options(options: ServerOptions) -> GrpcOptions:
+def _grpc_options(options: ServerOptions, keys: KeyCheck) -> GrpcOptions:
     return GrpcOptions(
         max_threads=options.grpc_max_threads,
-        api_keys=options.api_keys,
+        keys=keys,
         socket_path=options.grpc_socket_path,
         credentials=read_grpc_credentials(options.ssl_config_file) if options.ssl_config_file else None,
         channel_arguments=options.grpc_channel_arguments,
@@ -516,7 +525,9 @@ class RestServer:
         self._executor.shutdown(wait=False)
 
 
-def _start_rest_server(state: ServerState, options: ServerOptions, metrics: Metrics) -> RestServer:
+def _start_rest_server(
+    state: ServerState, options: ServerOptions, keys: KeyCheck, metrics: Metrics
+) -> RestServer:
     tls, metrics_paths = _rest_tls(options), _metrics_paths(options)
     family, address = next(_resolve("--rest_api_port", options.host, options.rest_api_port))
     try:
@@ -525,7 +536,7 @@ def _start_rest_server(state: ServerState, options: ServerOptions, metrics: Metr
         raise _port_error("--rest_api_port", options.host, options.rest_api_port, error) from error
     executor = ThreadPoolExecutor(options.rest_api_num_threads, thread_name_prefix="rest")
     http_options = HttpOptions(
-        api_keys=options.api_keys,
+        keys=keys,
         max_body_bytes=options.max_body_bytes,
         allows_cors=options.rest_api_enable_cors_support,
         has_access_log=options.access_log,
