@@ -92,7 +92,7 @@ def test_a_prompt_in_parts_and_one_taken_over(request, fixture, random_lm):
     prompt = random_lm.tokenizer.encode("Once upon a time there was a small box in the garden.")
 
     def step(steps):
-        return slots.step(steps=tf.constant(steps))
+        return slots.step(steps=tf.constant(steps), **NO_MASKS)
 
     def insert(slot, ids, start):
         slots.insert(
