@@ -19,11 +19,11 @@ SCRIPTS = pathlib.Path(__file__).parent / "clients"
 # What is installed for each script, and what it can do of what is asked for.
 ALL = {"text", "streamed", "structured", "call", "response", "embeddings"}
 CLIENTS = {
-    "litellm_client.py": ("litellm", ALL - {"response"}),
-    "langchain_client.py": ("langchain-openai", ALL),
-    "pydantic_ai_client.py": ("pydantic-ai-slim[openai]", ALL - {"embeddings"}),
-    "llm_client.py": ("llm", {"text", "streamed", "structured"}),
-    "openai_client.mjs": ("openai", ALL),
+    "litellm_client.py": ("litellm==1.106.2 mcp==2.3.0", ALL - {"response"}),
+    "langchain_client.py": ("langchain-openai==1.7.3", ALL),
+    "pydantic_ai_client.py": ("pydantic-ai-slim[openai]==2.68.0", ALL - {"embeddings"}),
+    "llm_client.py": ("llm==0.36", {"text", "streamed", "structured"}),
+    "openai_client.mjs": ("openai@6.49.0", ALL),
 }
 ASKED = {
     "embedder": "embedder",
@@ -78,7 +78,7 @@ def run_client(script, package, argument, folder):
     else:
         run([sys.executable, "-m", "venv", folder / "venv"])
         python = folder / "venv" / "bin" / "python"
-        run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package])
+        run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *package.split()])
         command = [python, SCRIPTS / script, argument]
     return json.loads(run(command, cwd=folder, timeout=300).splitlines()[-1])
 

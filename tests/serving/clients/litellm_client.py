@@ -1,9 +1,11 @@
 """LiteLLM."""
 
 import json
+import os
 import sys
 
-import litellm
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it looks for one on the net
+import litellm  # noqa: E402
 
 asked = json.loads(sys.argv[1])
 where = {"api_base": asked["url"], "api_key": "none", "num_retries": 0}
