@@ -139,6 +139,7 @@ class GeneratingTask(Task):
             A `Completion` for each result: text, token ids, why it ended, log-probabilities. The `n` of
             one prompt follow each other.
         """
+        prompts = _to_python(prompts)
         return _finish(self._generation(prompts, max_new_tokens, n=n, logprobs=logprobs, **settings))
 
     def _generation(
@@ -157,8 +158,7 @@ class GeneratingTask(Task):
         assistant_model=None,
         **settings,
     ) -> Generator[tuple[int, str], None, list[Completion]]:
-        prompts = _to_python(prompts)
-        prompts = [prompts] if _is_single(prompts) else prompts
+        prompts = [prompts] if _is_single(prompts) else list(prompts)
         if n < 1 or (logprobs is not None and logprobs < 0):
             raise ValueError(
                 "`n` must be at least 1, and `logprobs` at least 0 or None. "

@@ -50,6 +50,11 @@ class KeyCheck:
         self._left: dict[bytes, tuple[float, float]] = {}
         self._running: dict[bytes, int] = {}
 
+    @property
+    def has_rules(self) -> bool:
+        """Whether there is anything to check."""
+        return bool(self._keys) or self._per_minute is not None or self._concurrent is not None
+
     def find(self, authorization: bytes) -> bytes | None:
         """Looks up what a request sent as `Authorization`, which must be `Bearer KEY`.
 

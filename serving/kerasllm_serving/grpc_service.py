@@ -79,7 +79,7 @@ class GrpcServer:
         } | options.channel_arguments
         self._server = grpc.server(
             futures.ThreadPoolExecutor(options.max_threads, thread_name_prefix="grpc"),
-            interceptors=[_Admission(options.keys)],
+            interceptors=[_Admission(options.keys)] if options.keys.has_rules else [],
             options=list(settings.items()),
         )
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(

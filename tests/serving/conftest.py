@@ -297,19 +297,26 @@ def tools_server(tools_folder, start_server) -> ServerProcess:
 
 
 @pytest.fixture(scope="session")
-def embedder_folder(stories, tmp_path_factory):
+def make_bert(stories):
+    """Makes a small random BERT with a head, and its tokenizer."""
     from reference.weights import randomize
 
-    from kerasllm import Bert, BertConfig, TextEmbedder, train_tokenizer
+    from kerasllm import Bert, BertConfig, train_tokenizer
 
-    word_pieces = train_tokenizer("wordpiece", stories[:50], 300)
-    config = BertConfig(
-        vocabulary_size=word_pieces.vocabulary_size,
-        context_length=32,
-        num_layers=1,
-        num_heads=2,
-        dim=16,
-    )
+    def make(head, **more):
+        word_pieces = train_tokenizer("wordpiece", stories[:50], 300)
+        size = word_pieces.vocabulary_size
+        sizes = {"context_length": 32, "num_layers": 1, "num_heads": 2, "dim": 16}
+        config = BertConfig(vocabulary_size=size, **sizes, **more)
+        return randomize(Bert(config, head=head)), word_pieces
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def embedder_folder(make_bert, tmp_path_factory):
+    from kerasllm import TextEmbedder
+
     base = tmp_path_factory.mktemp("embedder")
-    TextEmbedder(randomize(Bert(config, head=None)), word_pieces).export(base / "1")
+    TextEmbedder(*make_bert(None)).export(base / "1")
     return base

@@ -159,22 +159,11 @@ def test_method_names_are_checked_where_asked(shared_input, saved_model):
         assert (caught.value.code.name, caught.value.message) == ("INVALID_ARGUMENT", message)
 
 
-def test_an_exported_classifier(stories, tmp_path):
+def test_an_exported_classifier(make_bert, tmp_path):
     """What the library exports answers Classify, and its own warm-up requests."""
-    from reference.weights import randomize
+    from kerasllm import SequenceClassifier
 
-    from kerasllm import Bert, BertConfig, SequenceClassifier, train_tokenizer
-
-    word_pieces = train_tokenizer("wordpiece", stories[:50], 300)
-    config = BertConfig(
-        vocabulary_size=word_pieces.vocabulary_size,
-        context_length=32,
-        num_layers=1,
-        num_heads=2,
-        dim=16,
-        labels=("bad", "fair", "good"),
-    )
-    task = SequenceClassifier(randomize(Bert(config, head="classifier")), word_pieces)
+    task = SequenceClassifier(*make_bert("classifier", labels=("bad", "fair", "good")))
     servable = Servable(task.export(tmp_path / "1"), ModelOptions(checks_method_names=True))
     texts = ["Mia went home.", "the garden"]
     request = classification_pb2.ClassificationRequest()
