@@ -53,5 +53,8 @@ def multiply_with_rows(matrix, rows):
     columns = ops.transpose(rows)  # several times faster than with the matrix on the right
     if wide % _PARTS:
         return ops.transpose(ops.matmul(matrix, columns))
-    products = ops.matmul(ops.reshape(matrix, (_PARTS, wide // _PARTS, width)), columns[None])
+    # Written out for each part: XLA sees through `columns[None]`, makes one product of the parts again, and
+    # then copies the whole matrix if there are several rows.
+    columns = ops.broadcast_to(columns, (_PARTS, *ops.shape(columns)))
+    products = ops.matmul(ops.reshape(matrix, (_PARTS, wide // _PARTS, width)), columns)
     return ops.transpose(ops.reshape(products, (wide, -1)))

@@ -58,3 +58,13 @@ def test_a_wide_matrix_scores_rows(wide):
     for count in (1, 3):
         result = run(tf.constant(matrix), tf.constant(rows[:count]))
         np.testing.assert_allclose(result, rows[:count] @ matrix.T, rtol=1e-12)
+
+
+def test_xla_keeps_the_parts_of_a_wide_matrix():
+    wide = 10 * UNITS
+    function, _ = compiled(multiply_with_rows, tf.TensorSpec([wide, WIDTH]), tf.TensorSpec([None, WIDTH]))
+    for count in (1, 3):
+        arguments = tf.zeros([wide, WIDTH]), tf.zeros([count, WIDTH])
+        with traced_for_xla():
+            program = function.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
+        assert f"f32[2,{wide // 2}" in next(line for line in program.splitlines() if " dot(" in line)
