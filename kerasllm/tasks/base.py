@@ -145,17 +145,20 @@ class Task(keras.Model):
             raise ValueError(f"The file must hold a {cls.__name__}. Received: {type(model).__name__}")
         return model
 
-    def save_pretrained(self, folder: str | os.PathLike) -> pathlib.Path:
+    def save_pretrained(self, folder: str | os.PathLike, max_shard_size: int | str = "5GB") -> pathlib.Path:
         """Writes the model in Hugging Face's layout, which transformers loads.
 
         Args:
             folder: Where to write config.json, the safetensors, the tokenizer and, for a model that
                 generates, generation_config.json.
+            max_shard_size: Most bytes of a file of weights, as a number or such as `"500MB"`; a single
+                tensor may be larger.
 
         Returns:
             The folder.
         """
-        return save_folder(folder, self.model, self.tokenizer, self._generation_settings())
+        settings = self._generation_settings()
+        return save_folder(folder, self.model, self.tokenizer, settings, max_shard_size)
 
     def with_dtype(self, dtype: str) -> "Task":
         """Copies the model with its weights in another precision; this one stays as it is.

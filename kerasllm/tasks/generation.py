@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,16 @@ from kerasllm.tasks.base import Task, require_tensorflow
 from kerasllm.tokenizers import Tokenizer
 
 Prompt = str | Sequence[int] | np.ndarray
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+# What transformers calls settings that are here under another name.
+_OTHER_NAMES = {
+    "do_sample": "`temperature`, 0 to draw nothing",
+    "max_length": "`max_new_tokens`, which does not count the prompt",
+    "min_length": "`min_new_tokens`, which does not count the prompt",
+    "num_return_sequences": "`n`",
+    "streamer": "`stream=True`",
+}
 
 
 class GeneratingTask(Task):
@@ -218,6 +229,8 @@ class GeneratingTask(Task):
                 f"`prompts` must be one text or a list of texts, or token ids. Received: {prompts!r}"
             )
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if halves := [text for text in texts if _HALF_PAIR.search(text)]:
+            raise ValueError(f"A text must not hold half of a surrogate pair. Received: {halves[0]!r}")
         encoded = iter(self._encode_texts(texts) if texts else ())
         return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
@@ -238,6 +251,11 @@ class GeneratingTask(Task):
     def _draft(self, assistant_model: Task | None) -> LanguageModel | None:
         if assistant_model is None:
             return None
+        if not isinstance(assistant_model, GeneratingTask):
+            raise TypeError(
+                "`assistant_model` must be a task that generates, such as CausalLM.from_pretrained gives. "
+                f"Received: {assistant_model!r}"
+            )
         own, other = self._require_tokenizer(), assistant_model._require_tokenizer()
         if own is not other and not _same_tokens(own, other):
             raise ValueError(
@@ -269,8 +287,12 @@ class GeneratingTask(Task):
         """A configuration for each prompt."""
         names = {field.name for field in dataclasses.fields(GenerationConfig)}
         if unknown := sorted(set(settings) - names):
-            raise TypeError(f"The settings are {sorted(names)}. Received: {unknown}")
+            hints = [f"for `{name}`: {_OTHER_NAMES[name]}" for name in unknown if name in _OTHER_NAMES]
+            hint = f" ({'; '.join(hints)})" if hints else ""
+            raise TypeError(f"The settings are {sorted(names)}. Received: {unknown}{hint}")
         given = {name: value for name, value in settings.items() if value is not None}
+        if given.get("num_beams", 1) > 1 or given.get("penalty_alpha", 0) > 0:
+            given.setdefault("temperature", 0)  # Whoever asks for these wants nothing drawn.
         if max_new_tokens is not None:
             given["max_new_tokens"] = max_new_tokens
         seeds = given.pop("seed", self.generation_config.seed)
@@ -283,6 +305,7 @@ class GeneratingTask(Task):
                     "These choose among tokens that are drawn, which needs a `temperature` above 0. "
                     f"Received: {idle}, temperature=0"
                 )
+        seeds = seeds.tolist() if isinstance(seeds, np.ndarray) else seeds
         seeds = list(seeds) if isinstance(seeds, (list, tuple)) else [seeds] * count
         if len(seeds) != count:
             raise ValueError(
@@ -354,6 +377,8 @@ def _to_python(prompts):
 
 def _is_single(prompts) -> bool:
     """Whether this is one prompt: a text, or token ids."""
+    if not isinstance(prompts, (str, Sequence)):
+        raise TypeError(f"`prompts` must be one text, a list of texts, or token ids. Received: {prompts!r}")
     return isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], (str, list, tuple)))
 
 

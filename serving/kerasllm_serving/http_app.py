@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import time
+import urllib.parse
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Executor
@@ -30,7 +31,9 @@ _MODEL_PATH = re.compile(r"/v1/models/([^/:]+)")
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
 # Whoever may see that there is a server may see these.
 _PUBLIC = {"/", "/health", "/ready"}
+_CARDS = "/cards/"
 _JSON = "application/json"
+_TEXT = "text/plain; charset=utf-8"
 _access_log = logging.getLogger("kerasllm_serving.access")
 _logger = logging.getLogger(__name__)
 
@@ -150,6 +153,8 @@ class HttpApp:
                 raise ApiError(405, f"{path} takes {wanted} requests. Received: {method}")
         if path in self._gets:
             await exchange.respond(*self._gets[path]())
+        elif path.startswith(_CARDS):
+            await exchange.respond(*self._show_card(path.removeprefix(_CARDS)))
         elif path in self._posts:
             self._check_ready()
             await self._answer_openai(exchange, self._posts[path])
@@ -243,6 +248,12 @@ class HttpApp:
         self._check_ready()
         models = [_describe(served) for served in self._state.language_models()]
         return 200, _JSON, _to_json({"object": "list", "data": models})
+
+    def _show_card(self, name: str) -> tuple[int, str, bytes]:
+        self._check_ready()
+        cards = {served.model.name: served.model.card for served in self._state.language_models()}
+        card = cards.get(urllib.parse.unquote(name))
+        return (404, _TEXT, b"") if card is None else (200, _TEXT, card.encode())
 
     def _with_openai(self, path: str, status: int, text: str) -> str:
         """Adds what OpenAI's clients read to the status of a language model."""

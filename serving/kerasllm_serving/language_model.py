@@ -34,6 +34,7 @@ class LanguageModel:
         constraints: Makes constraints of answers; None: there are no slots, or no token ends a text.
         generation_config: What the model's maker recommends, under Hugging Face's names.
         can_embed: Whether there is a signature `embed`.
+        card: The model card, in Markdown; None: there is none.
     """
 
     def __init__(self, name: str, path: Path, servable: Servable) -> None:
@@ -41,6 +42,8 @@ class LanguageModel:
         self.servable = servable
         self.created = int((path / "saved_model.pb").stat().st_mtime)
         self.manifest = read_json(path / _EXTRA / "kerasllm_manifest.json")
+        card = path / _EXTRA / "README.md"
+        self.card = card.read_text("utf-8", "replace") if self.manifest and card.is_file() else None
         # Signatures of these names in folders of others are something else.
         is_ours = bool(self.manifest)
         self.can_embed = is_ours and "embed" in servable.signatures

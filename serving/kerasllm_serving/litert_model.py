@@ -128,6 +128,7 @@ class LiteRtLanguageModel:
         if template and not self._splits_at_special_tokens():
             _logger.warning("No chats with %s: its tokenizer puts something before each part", path)
             template = None
+        self.card = None
         self.chat_template = template
 
     def _special_ids(self) -> list[tuple[int, tokenizers.AddedToken]]:

@@ -166,8 +166,37 @@ def test_bad_prompts_are_refused(causal_lm):
     for prompts in ([], ["a", None], [[]], [[0.5]], [[-1]], [[400]], None, np.array([0.5]), np.array(7)):
         with pytest.raises((ValueError, TypeError)):
             causal_lm.generate(prompts)
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        causal_lm.generate(["a", "b\ud800"])
+    with pytest.raises(TypeError, match="`prompts` must be one text"):
+        causal_lm.generate(None)
     with pytest.raises(ValueError, match="needs a tokenizer"):
         CausalLM(causal_lm.model).generate("a")
+
+
+def test_names_of_transformers_are_explained(causal_lm):
+    with pytest.raises(TypeError, match="for `num_return_sequences`: `n`"):
+        causal_lm.generate("a", num_return_sequences=2)
+    with pytest.raises(TypeError, match="`assistant_model` must be a task"):
+        causal_lm.generate("a", assistant_model="a/folder")
+
+
+def test_beams_of_a_model_that_draws(random_lm):
+    expected = random_lm.generate("a", 4, num_beams=3, temperature=0)
+    drawing = CausalLM(random_lm.model, random_lm.tokenizer, GenerationConfig(temperature=1.5))
+    assert drawing.generate("a", 4, num_beams=3) == expected
+    with pytest.raises(ValueError, match="`num_beams` needs temperature=0"):
+        drawing.generate("a", 4, num_beams=3, temperature=1.0)
+
+
+def test_seeds_as_an_array(random_lm):
+    expected = random_lm.generate(["a", "b"], 4, temperature=1.0, seed=[5, 6])
+    assert random_lm.generate(["a", "b"], 4, temperature=1.0, seed=np.array([5, 6])) == expected
+
+
+def test_weights_in_several_files(random_lm, tmp_path):
+    random_lm.save_pretrained(tmp_path, max_shard_size=1)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
 
 
 def test_generation_sees_updated_weights(tokenizer):

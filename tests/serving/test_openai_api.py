@@ -381,16 +381,18 @@ def test_pages_of_the_server(llm_server, post):
             "text/plain; version=0.0.4; charset=utf-8",
             b"vllm:time_to_first_token_seconds_bucket",
         ),
+        ("/cards/tiny", "text/plain; charset=utf-8", b"SHA-256 of the weights"),
     ):
         with urllib.request.urlopen(llm_server.url + path, timeout=TIMEOUT) as response:
             assert response.headers["Content-Type"] == kind
             assert part in response.read()
     status, _, answer = post("/v1/models/tiny:predict", {"instances": [PROMPT]})
     assert status == 200 and isinstance(answer["predictions"][0], str)
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(llm_server.url + "/v1/completions", timeout=TIMEOUT)
-    with error.value:
-        assert error.value.code == 405
+    for path, code in (("/v1/completions", 405), ("/cards/nobody", 404), ("/cards/..%2fREADME.md", 404)):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(llm_server.url + path, timeout=TIMEOUT)
+        with error.value:
+            assert error.value.code == code
 
 
 def test_keys_limits_and_logs(start_server, served, tmp_path, post):
