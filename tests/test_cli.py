@@ -171,6 +171,7 @@ def test_pipeline_says_what_it_needs(causal_lm):
     with pytest.raises(ValueError, match="`dtype` is for a model to load"):
         pipeline("text-generation", causal_lm, dtype="bfloat16")
     assert pipeline("text-generation", causal_lm) == causal_lm.generate
+    assert pipeline("chat", causal_lm) == causal_lm.chat
     with pytest.raises(ValueError, match="'fill-mask' needs a MaskedLM. Received: a CausalLM"):
         pipeline("fill-mask", causal_lm)
     with pytest.raises(ValueError, match="`task` must be one of .*Received: 'translate'"):

@@ -12,9 +12,10 @@ from kerasllm.tasks.seq2seq_lm import Seq2SeqLM
 from kerasllm.tasks.sequence_classifier import SequenceClassifier
 from kerasllm.tasks.text_embedder import TextEmbedder
 
-# The names of Hugging Face's pipelines -> the task and its method.
+# The names of Hugging Face's pipelines, and "chat" -> the task and its method.
 PIPELINES: dict[str, tuple[type[Task], str]] = {
     "text-generation": (CausalLM, "generate"),
+    "chat": (CausalLM, "chat"),
     "text2text-generation": (Seq2SeqLM, "generate"),
     "fill-mask": (MaskedLM, "fill_mask"),
     "text-classification": (SequenceClassifier, "classify"),
@@ -31,14 +32,14 @@ def pipeline(task: str, model: str | os.PathLike | Task, dtype: str | None = Non
     ```
 
     Args:
-        task: One of `"text-generation"`, `"text2text-generation"`, `"fill-mask"`,
+        task: One of `"text-generation"`, `"chat"`, `"text2text-generation"`, `"fill-mask"`,
             `"text-classification"`, `"feature-extraction"`.
         model: Whatever `from_pretrained` takes, a `.keras` file, or a task that is loaded already.
         dtype: Keras dtype policy. None: Keras's default.
 
     Returns:
-        `CausalLM.generate`, `Seq2SeqLM.generate`, `MaskedLM.fill_mask`, `SequenceClassifier.classify` or
-        `TextEmbedder.encode` of the model.
+        `CausalLM.generate`, `CausalLM.chat`, `Seq2SeqLM.generate`, `MaskedLM.fill_mask`,
+        `SequenceClassifier.classify` or `TextEmbedder.encode` of the model.
 
     Raises:
         ValueError: If there is no such task, or the model is for another.
