@@ -373,6 +373,7 @@ def test_whoever_goes_frees_the_slots(llm_server, post):
 
 
 def test_pages_of_the_server(llm_server, post):
+    assert post("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 200
     for path, kind, part in (
         ("/", "text/html; charset=utf-8", b"v1/chat/completions"),
         ("/health", "application/json", b"ok"),
