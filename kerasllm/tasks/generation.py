@@ -305,8 +305,8 @@ class GeneratingTask(Task):
                     "These choose among tokens that are drawn, which needs a `temperature` above 0. "
                     f"Received: {idle}, temperature=0"
                 )
-        seeds = seeds.tolist() if isinstance(seeds, np.ndarray) else seeds
-        seeds = list(seeds) if isinstance(seeds, (list, tuple)) else [seeds] * count
+        seeds = _to_python(seeds)
+        seeds = seeds if isinstance(seeds, list) else [seeds] * count
         if len(seeds) != count:
             raise ValueError(
                 f"`seed` must be one number, or one for each prompt. Received: {len(seeds)} seeds, "
@@ -366,18 +366,18 @@ def _same_tokens(first: Tokenizer, second: Tokenizer) -> bool:
     return all(first.id_to_token(id) == second.id_to_token(id) for id in range(first.vocabulary_size))
 
 
-def _to_python(prompts):
-    """Arrays and tensors of token ids, also in a list, and NumPy's numbers, as Python's."""
-    if isinstance(prompts, list | tuple):
-        return [_to_python(prompt) for prompt in prompts]
-    if isinstance(prompts, np.ndarray | np.integer | tf.Tensor):
-        return np.asarray(prompts).tolist()
-    return prompts
+def _to_python(values):
+    """Arrays and tensors of prompts or seeds, also in a list, and NumPy's numbers, as Python's."""
+    if isinstance(values, list | tuple):
+        return [_to_python(value) for value in values]
+    if isinstance(values, np.ndarray | np.integer | tf.Tensor):
+        return np.asarray(values).tolist()
+    return values
 
 
 def _is_single(prompts) -> bool:
     """Whether this is one prompt: a text, or token ids."""
-    if not isinstance(prompts, (str, Sequence)):
+    if not isinstance(prompts, Sequence):
         raise TypeError(f"`prompts` must be one text, a list of texts, or token ids. Received: {prompts!r}")
     return isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], (str, list, tuple)))
 
