@@ -15,6 +15,7 @@ from kerasllm.checkpoints.tensors import TensorSource, parse_json_object
 from kerasllm.checkpoints.weights import load_model
 from kerasllm.files import replaced_folder, write_json
 from kerasllm.models import LanguageModel
+from kerasllm.models.base import GENERATION_NAMES
 from kerasllm.tokenizers import Tokenizer
 
 CONFIG = "config.json"
@@ -41,7 +42,7 @@ class Checkpoint(NamedTuple):
     Attributes:
         model: The model.
         tokenizer: Its tokenizer, or None if there is none.
-        generation: The content of `generation_config.json`; empty if there is none.
+        generation: The content of `generation_config.json`; if there is none, what config.json has of it.
         pooling: How an embedder pools hidden states, as in `TextEmbedder`, or None if nothing is said.
     """
 
@@ -208,7 +209,12 @@ def load_folder(
         model = load_model(values, source, head, dtype, labels)
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
-    generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    if (folder / GENERATION).is_file():
+        generation = read_json(folder / GENERATION)
+    else:
+        generation = {
+            name: values[name] for name in GENERATION_NAMES & set(values) if values[name] is not None
+        }
     return Checkpoint(model, tokenizer, generation)
 
 

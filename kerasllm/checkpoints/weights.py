@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kerasllm.checkpoints.lazy import build_without_values, initialize_rest, set_by_rows, set_value
+from kerasllm.checkpoints.lazy import WeightMemory, build_without_values, initialize_rest, set_value
 from kerasllm.checkpoints.tensors import TensorSource, row_ranges
 from kerasllm.models import LanguageModel, find_head, find_model_class
 from kerasllm.models.base import SAME, Transform
@@ -54,6 +54,7 @@ def load_model(
         ValueError: If the family or a setting is unknown, or weights are missing, left over or of another
             shape.
     """
+    values = _text_part(values, source)
     try:
         family = find_model_class(values)
         head = find_head(values) if head == "default" else head
@@ -72,6 +73,19 @@ def load_model(
     _fill(model, source, plan)
     initialize_rest(model)
     return model
+
+
+def _text_part(values: dict[str, Any], source: TensorSource) -> dict[str, Any]:
+    """Of a model that reads images too, the config.json of its language model."""
+    text = values.get("text_config")
+    if not isinstance(text, dict) or "vision_config" not in values:
+        return values
+    warnings.warn(
+        f"Only the language model is loaded, {text.get('model_type')!r}; what reads images is left out. "
+        f"Received: {source.description}, {values.get('model_type')!r}",
+        stacklevel=3,
+    )
+    return text
 
 
 def _check_sizes(values: dict[str, Any], source: TensorSource) -> None:
@@ -174,27 +188,27 @@ def _are_equal(source: TensorSource, name: str, other: str) -> bool:
 
 def _fill(model: LanguageModel, source: TensorSource, plan: Plan) -> None:
     variables = model.variables_by_path()
+    memory = WeightMemory(
+        (variables[path].shape, variables[path].dtype) for _, paths, _ in plan for path in paths
+    )
     for names, paths, transform in _with_progress(plan, source):
         name, shape = names[0], source.shapes[names[0]]
+        targets = [memory.empty(variables[path].shape, variables[path].dtype) for path in paths]
         if transform is SAME and np.prod(shape) > _MAX_WHOLE:
-            variable = variables[paths[0]]
-            set_by_rows(variable, _pieces(source, name, variable.dtype))
+            for start, stop in row_ranges(shape):
+                targets[0][start:stop] = _floats(source.read(name, start, stop), name)
         else:
-            arrays = transform.to_variables(source.read(name))
-            for path, array in zip(paths, arrays, strict=True):
-                set_value(variables[path], _in_dtype(array, variables[path].dtype, name))
+            arrays = transform.to_variables(_floats(source.read(name), name))
+            for target, array in zip(targets, arrays, strict=True):
+                target[...] = array
+        for path, target in zip(paths, targets, strict=True):
+            set_value(variables[path], target)
 
 
-def _pieces(source: TensorSource, name: str, dtype: str) -> Iterator[tuple[int, np.ndarray]]:
-    for start, stop in row_ranges(source.shapes[name]):
-        yield start, _in_dtype(source.read(name, start, stop), dtype, name)
-
-
-def _in_dtype(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """The array in the variable's dtype, in one piece of memory."""
+def _floats(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype.kind not in "fV" or array.dtype.itemsize < 2:
         raise ValueError(f"Weights must be floats of 16, 32 or 64 bits. Received: {name} of {array.dtype}")
-    return np.asarray(array, dtype=np.dtype(dtype), order="C")
+    return array
 
 
 def _with_progress(plan: Plan, source: TensorSource) -> Iterator[tuple]:

@@ -109,6 +109,10 @@ def settings_arrays(
                 "`logit_bias` and `suppress_tokens` must name tokens of the model, which are "
                 f"{vocabulary_size}. Received: {outside}"
             )
+        if len(set(config.suppress_tokens)) == vocabulary_size:
+            raise ValueError(
+                "`suppress_tokens` must leave a token to generate. Received: all tokens of the model"
+            )
         bias[row, list(numbers)] = np.maximum(list(numbers.values()), FORBIDDEN)
     return settings._replace(logit_bias=bias, **{name: column(name) for name in _FURTHER})
 

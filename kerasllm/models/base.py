@@ -20,14 +20,22 @@ HUGGINGFACE_ACTIVATIONS = {
     "silu": "silu",
 }
 
+# Settings of generation, which files of old keep in config.json.
+GENERATION_NAMES = frozenset(
+    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping "
+    "encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty forced_bos_token_id "
+    "forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups "
+    "num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty "
+    "return_dict_in_generate suppress_tokens temperature top_k top_p typical_p".split()
+)
 # Names in any family's config.json that say nothing about the computation.
-_IGNORED_NAMES = frozenset(
+_IGNORED_NAMES = GENERATION_NAMES | frozenset(
     "_attn_implementation _attn_implementation_autoset _name_or_path architectures attn_implementation "
-    "auto_map bos_token_id chunk_size_feed_forward cls_token_id dtype eos_token_id finetuning_task "
+    "auto_map bos_token_id chunk_size_feed_forward cls_token_id dtype finetuning_task "
     "gradient_checkpointing id2label is_encoder_decoder is_llama_config label2id mask_token_id model_type "
-    "output_attentions output_hidden_states pad_token_id problem_type return_dict sep_token_id "
-    "task_specific_params tokenizer_class torch_dtype transformers.js_config transformers_version "
-    "use_cache".split()
+    "output_attentions output_hidden_states output_past pad_token_id problem_type return_dict sep_token_id "
+    "task_specific_params tokenizer_class torch_dtype torchscript transformers.js_config "
+    "transformers_version use_cache xla_device".split()
 )
 
 
@@ -194,8 +202,8 @@ class ModelConfig:
             # What is None, False or empty is a feature that is switched off, whatever it may be.
             elif name not in dialect.ignored | _IGNORED_NAMES and value:
                 raise ValueError(
-                    f"Every name in a config.json must be known. Received for {cls.__name__}: "
-                    f"{name}={value!r}"
+                    "Every name in a config.json must be known; what does not change the model's scores "
+                    f"may be taken out of the file. Received for {cls.__name__}: {name}={value!r}"
                 )
         if "id2label" in values:
             given["labels"] = _labels(values["id2label"])

@@ -53,7 +53,7 @@ _BERT = Dialect(
     fixed={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
     # The `pooler_*` names come from the first BERT files and were never used.
     ignored=frozenset(
-        "directionality output_past pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers "
+        "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers "
         "pooler_size_per_head pooler_type sbert_ce_default_activation_function "
         "sentence_transformers".split()
     ),
@@ -173,7 +173,7 @@ _DISTILBERT = Dialect(
     },
     fixed={"tie_weights_": True},
     # Sinusoidal positions are how the table starts, not how it is read.
-    ignored=frozenset("output_past qa_dropout sinusoidal_pos_embds".split()),
+    ignored=frozenset("qa_dropout sinusoidal_pos_embds".split()),
     defaults={
         "token_types": 0,
         "num_layers": 6,

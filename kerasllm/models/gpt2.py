@@ -38,7 +38,7 @@ _DIALECT = Dialect(
     },
     # The `summary_*` names belong to a head of another task; upcasting is what the layers always do.
     ignored=frozenset(
-        "n_ctx reorder_and_upcast_attn summary_activation "
+        "n_ctx n_special predict_special_tokens reorder_and_upcast_attn summary_activation "
         "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj".split()
     ),
     prefix="transformer.",

@@ -226,9 +226,11 @@ def _dialect(
             values[name] = same.get(values[name], values[name])
         return values
 
-    ignored = f"cache_implementation pretraining_tp unsloth_fixed unsloth_version {ignored}"
+    ignored = (
+        f"cache_implementation max_sequence_length pretraining_tp unsloth_fixed unsloth_version {ignored}"
+    )
     return Dialect(
-        **{"weights": _TWO_NORMS, **more},
+        **{"weights": _TWO_NORMS, "ignored_tensors": (r"rotary_emb\.inv_freq$",), **more},
         names={
             "vocab_size": "vocabulary_size",
             "max_position_embeddings": "context_length",
@@ -253,7 +255,6 @@ def _dialect(
             "classifier": {"score.weight": ("classifier/kernel", TRANSPOSE)},
         },
         architectures={"causal_lm": causal_lm, "classifier": classifier, None: model},
-        ignored_tensors=(r"rotary_emb\.inv_freq$",),
         read=read,
         write=write,
     )
@@ -451,6 +452,9 @@ _GEMMA3 = _dialect(
     weights=_FOUR_NORMS,
     fixed={"attn_logit_softcapping": None},
     defaults={**_GEMMA_FIELDS, "norm_last": True, "qk_norm": True},
+    # In checkpoints that read images too; of old, and today.
+    ignored_tensors=(r"^(model\.)?(vision_tower|multi_modal_projector)\.",),
+    renamed=((r"^language_model\.(?=model\.|lm_head\.)", ""), (r"^model\.language_model\.", "model.")),
 )
 
 

@@ -131,7 +131,7 @@ _T5 = Dialect(
     },
     fixed={"is_decoder": False},
     # Relative positions have no end, so `n_positions` is not read by anyone.
-    ignored=frozenset("classifier_dropout n_positions output_past tokenizer_class".split()),
+    ignored=frozenset("classifier_dropout n_positions tokenizer_class".split()),
     prefix="",
     weights={"shared.weight": ("token_embedding/embeddings", SAME), **_ENCODER},
     head_weights={"seq2seq": {**_DECODER, **_matrix("lm_head", "head")}},

@@ -89,16 +89,17 @@ class ChatTemplate:
             raise ValueError("Either `add_generation_prompt` or `continue_final_message`. Received: both")
         messages = [_with_reasoning(message) for message in _checked_messages(messages)]
         final_text = self._tag_final_message(messages, continue_final_message)
-        prompt = _render(
-            self.source,
-            {
-                "messages": messages,
-                "tools": tools,
-                "documents": documents,
-                "add_generation_prompt": add_generation_prompt,
-                **variables,
-            },
-        )
+        values = {
+            "messages": messages,
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
+        prompt = _render(self.source, values)
+        for name in ("tools", "documents"):
+            if values[name] and not _depends_on(self.source, values, name, prompt):
+                raise ValueError(f"`{name}` need a chat template that uses them. Received: one without")
         return prompt if final_text is None else _cut_at_tag(prompt, final_text)
 
     def _tag_final_message(self, messages: list[dict[str, Any]], continued: bool | str) -> str | None:
@@ -125,6 +126,13 @@ class ChatTemplate:
                 messages[-1] |= {name: parts}
                 return text
         raise ValueError("`continue_final_message` needs a last message with text. Received: none")
+
+
+def _depends_on(source: str, values: dict[str, Any], name: str, prompt: str) -> bool:
+    try:
+        return _render(source, {**values, name: None}) != prompt
+    except ValueError:  # it cannot do without
+        return True
 
 
 class Shield:

@@ -42,6 +42,26 @@ def test_round_trip(tmp_path, changes):
     assert (loaded.output_embedding is loaded.token_embedding) == model.config.tie_embeddings
 
 
+def test_generation_settings_in_the_config_of_old_files(tmp_path):
+    model = make_model()
+    save_folder(tmp_path, model, None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "do_sample": True,
+        "temperature": 0.7,
+        "max_length": 50,
+        "eos_token_id": [3, 5],
+        "top_k": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = CausalLM.from_pretrained(tmp_path).generation_config
+    assert (settings.temperature, settings.eos_token_id) == (0.7, (3, 5))
+    # The file of its own, where there is one, says all.
+    (tmp_path / "generation_config.json").write_text("{}")
+    settings = CausalLM.from_pretrained(tmp_path).generation_config
+    assert (settings.temperature, settings.eos_token_id) == (0, None)
+
+
 def test_layout_is_that_of_transformers(tmp_path):
     """The names, shapes and settings that transformers 5 writes for a GPT-2."""
     save_folder(tmp_path, make_model(), None)

@@ -1,10 +1,12 @@
 """What one library writes, the other loads: same ids, logits and greedy tokens."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from reference.assets import asset
+from safetensors.numpy import load_file, save_file
 
 pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch", reason="needs pip install 'kerasllm[reference]'")
@@ -119,6 +121,28 @@ def test_there_and_back(name, tmp_path):
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["architectures"] == [type(theirs).__name__]
     assert config["model_type"] == theirs.config.model_type
+
+
+@pytest.mark.parametrize("spelling", ["language_model.model.", "model.language_model."])
+def test_text_part_of_a_model_that_reads_images(spelling, tmp_path):
+    """Gemma 3's larger checkpoints are such; of old their tensors were called otherwise."""
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    text = make_theirs("gemma3")
+    settings = {"image_token_index": 39, "boi_token_index": 38, "eoi_token_index": 37}
+    config = transformers.Gemma3Config(text_config=text.config, vision_config=vision, **settings)
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+    theirs.model.language_model.load_state_dict(text.model.state_dict())
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {re.sub(r"^language_model\.model\.", spelling, name): tensors[name] for name in tensors}
+    assert renamed.keys() != tensors.keys() or spelling == "language_model.model."
+    save_file(renamed, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="Only the language model is loaded, 'gemma3_text'"):
+        ours = load_checkpoint(tmp_path).model
+    np.testing.assert_allclose(our_output(ours), their_output(text), atol=1e-4)
 
 
 def test_half_precision(tmp_path):

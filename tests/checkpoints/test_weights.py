@@ -1,9 +1,11 @@
+import itertools
 import sys
 
 import keras
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorflow as tf
 from reference.weights import randomize
 
 from kerasllm import GPT2, GPT2Config
@@ -86,6 +88,34 @@ def test_what_was_read_in_pieces_is_not_copied_whenever_it_is_used(monkeypatch):
     variable = load_model(values, Arrays(tensors)).token_embedding.embeddings.value
     reads = [np.from_dlpack(variable.read_value()) for _ in range(2)]
     assert np.shares_memory(*reads)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_lie_side_by_side_where_they_were_read_to(dtype):
+    """Not a copy of it, which would lie in small pages and for a while take the memory twice."""
+    _, values, tensors = make()
+    model = load_model(values, Arrays(tensors), dtype=dtype)
+    places = sorted((address(v), v.value.shape.num_elements() * v.value.dtype.size) for v in model.weights)
+    for (place, size), (following, _) in itertools.pairwise(places):
+        assert place % 64 == 0 and following == place + -(-size // 64) * 64
+
+
+def address(variable):
+    tensor = tf.convert_to_tensor(variable.value)
+    tensor = tf.bitcast(tensor, "uint16") if tensor.dtype == "bfloat16" else tensor
+    return np.asarray(memoryview(tensor)).ctypes.data
+
+
+def test_new_values_of_one_weight_leave_the_others_alone():
+    expected, values, tensors = make()
+    model = load_model(values, Arrays(tensors))
+    first = model.weights[0]
+    first.assign_add(np.ones(first.shape))
+    np.testing.assert_array_equal(first, tensors["transformer.wte.weight"] + 1)
+    for weight, other in zip(model.weights[1:], expected.weights[1:], strict=True):
+        np.testing.assert_array_equal(weight, other)
+    again = load_model(values, Arrays(tensors))
+    np.testing.assert_array_equal(again(IDS), expected(IDS))
 
 
 def test_row_ranges():

@@ -81,6 +81,12 @@ def test_tokens_must_exist():
             settings_arrays([GenerationConfig(**settings)], [()], VOCABULARY)
 
 
+def test_a_token_must_be_left():
+    config = GenerationConfig(suppress_tokens=range(VOCABULARY))
+    with pytest.raises(ValueError, match="`suppress_tokens` must leave a token"):
+        settings_arrays([config], [()], VOCABULARY)
+
+
 def test_allowed_tokens():
     vocabulary = 70  # three numbers of 32 bits
     allowed = np.random.default_rng(0).random((2, vocabulary)) < 0.5

@@ -223,11 +223,14 @@ def test_which_template_is_used():
     one = Tokenizer.from_json(trained, settings={"chat_template": "one"})
     assert one.chat_template == "one" and one.render_chat(CHATS["one"]) == "one"
     assert one.render_chat(CHATS["one"], chat_template="other {{ 1 }}") == "other 1"
-    several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    several = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "for {{ tools }}"},
+    ]
     several = Tokenizer.from_json(trained, settings={"chat_template": several})
     assert several.render_chat(CHATS["one"]) == "plain"
-    assert several.render_chat(CHATS["one"], tools=TOOLS) == "tools"
-    assert several.render_chat(CHATS["one"], chat_template="tool_use") == "tools"
+    assert several.render_chat(CHATS["one"], tools=TOOLS).startswith("for [{")
+    assert several.render_chat(CHATS["one"], chat_template="tool_use") == "for None"
     for wrong in (5, [5], [{"name": "a"}], [{"name": "a", "template": 5}]):
         with pytest.raises(ValueError, match="chat_template|template"):
             Tokenizer.from_json(trained, settings={"chat_template": wrong})
@@ -353,6 +356,15 @@ def test_what_is_no_json_is_refused():
         deep = [deep]
     with pytest.raises(ValueError, match="nested so deep"):
         ChatTemplate("x").render([{"role": "user", "content": deep}])
+
+
+@pytest.mark.parametrize("name", ["tools", "documents"])
+def test_what_the_template_would_drop_is_refused(name):
+    value = [{"name": "weather"}]
+    with pytest.raises(ValueError, match=f"`{name}` need a chat template that uses them"):
+        ChatTemplate("{{ messages }}").render([], **{name: value})
+    assert ChatTemplate("{{ messages }}").render([], **{name: []}) == "[]"
+    assert ChatTemplate("{{ " + name + " | length }}").render([], **{name: value}) == "1"
 
 
 def test_templates_render_in_several_threads():
