@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from kerasllm.version import __version__
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for bad input, 2 for a wrong call.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Without the line of code that warns, which says nothing to who calls a command.
+    warnings.formatwarning = lambda message, *_, **__: f"kerasllm: warning: {message}\n"
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:

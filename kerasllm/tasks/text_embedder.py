@@ -18,7 +18,7 @@ from kerasllm.checkpoints.load import find_checkpoint
 from kerasllm.export import export_embedder
 from kerasllm.generation import Limits
 from kerasllm.models import LanguageModel
-from kerasllm.tasks.texts import TextTask
+from kerasllm.tasks.texts import TextTask, list_texts
 from kerasllm.tokenizers import Tokenizer
 
 # Our names of the ways to pool -> those of sentence-transformers.
@@ -132,7 +132,7 @@ class TextEmbedder(TextTask):
             ValueError: If there is no such prompt, a text is too long and must not be cut, or empty.
         """
         single = isinstance(texts, str)
-        texts = [texts] if single else list(texts)
+        texts = [texts] if single else list_texts(texts)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"`texts` must be strings. Received: {texts[:3]!r}, …")
         name = self.default_prompt if prompt is None else prompt

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from kerasllm.generation.checks import after, check_batch, check_texts, rule
 from kerasllm.models import LanguageModel
 from kerasllm.tasks.base import Task, require_tensorflow
 from kerasllm.tokenizers import Tokenizer
+
+_TEXTS_RULE = "`texts` must be strings, or pairs of strings. Received: {}"
 
 # A text, or two that the model reads as a pair.
 Text = str | tuple[str, str]
@@ -237,13 +239,13 @@ def encode_texts(
         TypeError: If the texts are neither all strings nor all pairs of strings.
         ValueError: If `max_length` has no room for the special tokens.
     """
-    texts = list(texts)
+    texts = list_texts(texts)
     if not texts:
         return []
     are_pairs = not isinstance(texts[0], str)
     columns = tuple(zip(*texts, strict=True)) if are_pairs and _all_pairs(texts) else (texts,)
     if not all(isinstance(text, str) for column in columns for text in column):
-        raise TypeError(f"`texts` must be strings, or pairs of strings. Received: {texts[:3]!r}, …")
+        raise TypeError(_TEXTS_RULE.format(f"{texts[:3]!r}, …"))
     columns = [tf.constant([text.encode("utf-8") for text in column]) for column in columns]
     parts = [
         tokenizer.tokenize(column, parse_special).with_row_splits_dtype(tf.int64) for column in columns
@@ -255,6 +257,13 @@ def encode_texts(
     return list(
         zip(np.split(ids.values.numpy(), splits), np.split(type_ids.values.numpy(), splits), strict=True)
     )
+
+
+def list_texts(texts: Iterable) -> list:
+    """Several texts as a list; TypeError if there cannot be several in it."""
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise TypeError(_TEXTS_RULE.format(repr(texts)))
+    return list(texts)
 
 
 def _all_pairs(texts: Sequence) -> bool:

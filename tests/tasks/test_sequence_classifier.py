@@ -108,8 +108,9 @@ class TestClassify:
                 model.classify(long, max_length=wrong)
 
     def test_errors(self, model):
-        with pytest.raises(TypeError, match="must be strings, or pairs of strings"):
-            model.classify(["a dog", ("a", "dog")])
+        for wrong in (["a dog", ("a", "dog")], None, b"a dog"):
+            with pytest.raises(TypeError, match="must be strings, or pairs of strings"):
+                model.classify(wrong)
         with pytest.raises(ValueError, match="`batch_size` must be at least 1. Received: batch_size=0"):
             model.classify(TEXTS, batch_size=0)
         with pytest.raises(ValueError, match="`problem_type` must be None or one of .*'ranking'"):

@@ -87,8 +87,9 @@ class TestEncode:
             build(pooling="middle")
         with pytest.raises(ValueError, match="`default_prompt` must be None or one of .*'query'"):
             build(default_prompt="query")
-        with pytest.raises(TypeError, match="`texts` must be strings"):
-            build().encode([("a", "b")])
+        for wrong in ([("a", "b")], None, b"a", 5):
+            with pytest.raises(TypeError, match="`texts` must be strings"):
+                build().encode(wrong)
         with pytest.raises(ValueError, match="must have the head None. Received: head='masked_lm'"):
             TextEmbedder(Bert(CONFIG))
 
