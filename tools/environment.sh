@@ -30,7 +30,7 @@ prepare_environment() {
   rm -f "$stamp"
   "$python" -m venv --clear "$environment"
   "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$constraints" --editable "$repository[serving,litert,grammar,test]"
+    --constraint "$constraints" --editable "$repository[serving,litert,grammar,telemetry,test]"
   echo "$wanted" > "$stamp"
 }
 

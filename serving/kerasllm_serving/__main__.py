@@ -364,6 +364,13 @@ def _add_rest(group: argparse._ArgumentGroup) -> None:
         False,
         "whether each REST request is logged to stderr as a line of JSON, without its text",
     )
+    _add_boolean(
+        group,
+        "--enable_opentelemetry",
+        False,
+        "whether each request makes a span that is sent to $OTEL_EXPORTER_OTLP_ENDPOINT, with the tokens "
+        "read and made, without the texts; needs pip install 'kerasllm[telemetry]'",
+    )
     group.add_argument(
         "--drain_seconds",
         type=_positive,

@@ -47,6 +47,7 @@ class GrpcOptions:
         channel_arguments: Settings of gRPC's core.
         has_health_check: Whether gRPC's own service for health checks answers.
         sends_tensor_content: Whether answers hold the bytes of tensors instead of typed values.
+        interceptors: What sees each request before all else.
     """
 
     max_threads: int
@@ -56,6 +57,7 @@ class GrpcOptions:
     channel_arguments: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
     has_health_check: bool = False
     sends_tensor_content: bool = False
+    interceptors: tuple[grpc.ServerInterceptor, ...] = ()
 
 
 class GrpcServer:
@@ -77,9 +79,10 @@ class GrpcServer:
             "grpc.max_receive_message_length": _UNLIMITED,
             "grpc.max_send_message_length": _UNLIMITED,
         } | options.channel_arguments
+        admission = [_Admission(options.keys)] if options.keys.has_rules else []
         self._server = grpc.server(
             futures.ThreadPoolExecutor(options.max_threads, thread_name_prefix="grpc"),
-            interceptors=[_Admission(options.keys)] if options.keys.has_rules else [],
+            interceptors=[*options.interceptors, *admission],
             options=list(settings.items()),
         )
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(

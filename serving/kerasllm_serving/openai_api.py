@@ -22,6 +22,7 @@ from kerasllm_serving.errors import ServingError
 from kerasllm_serving.fields import ApiError, Fields, from_serving_error
 from kerasllm_serving.language_model import LanguageModel
 from kerasllm_serving.stream import Form, Stream, Usage
+from kerasllm_serving.telemetry import annotate
 from kerasllm_serving.tool_calls import Call, CallReader, Tools, read_tools
 
 _MOST_CHOICES = 128
@@ -88,9 +89,11 @@ class OpenAiApi:
     def _served(self, fields: Fields, held: ExitStack) -> Served:
         name = fields.string("model")
         try:
-            return held.enter_context(self._find(name))
+            served = held.enter_context(self._find(name))
         except KeyError:
             raise ApiError(404, f"The model `{name}` does not exist.", "model", "model_not_found") from None
+        annotate({"gen_ai.request.model": served.model.name})
+        return served
 
     def _generating(self, fields: Fields, held: ExitStack) -> tuple[LanguageModel, Engine]:
         served = self._served(fields, held)

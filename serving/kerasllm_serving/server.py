@@ -31,6 +31,7 @@ from kerasllm_serving.metrics import MICROSECONDS, Metrics
 from kerasllm_serving.model import ModelOptions, Servable, find_versions
 from kerasllm_serving.openai_api import Served
 from kerasllm_serving.rest import RestHandler
+from kerasllm_serving.telemetry import Telemetry
 from kerasllm_serving.tls import RestTls, read_grpc_credentials
 from kerasllm_serving.warmup import warm_up
 
@@ -87,6 +88,7 @@ class ServerOptions:
         max_concurrent_requests_per_key: How many of them at once; None: any number.
         max_body_bytes: Most bytes of the body of a REST request.
         access_log: Whether each REST request is logged, without what it says.
+        enable_opentelemetry: Whether each request makes a span, see `Telemetry`.
         max_queue: Most rows that wait for a slot of a language model.
         steps_per_turn: Most tokens that a row makes before others may join or leave.
         prefill_chunk_tokens: Most tokens of prompts that are read between two of these turns.
@@ -136,6 +138,7 @@ class ServerOptions:
     max_concurrent_requests_per_key: int | None = None
     max_body_bytes: int = 64 * 2**20
     access_log: bool = False
+    enable_opentelemetry: bool = False
     max_queue: int = 256
     steps_per_turn: int = 4
     prefill_chunk_tokens: int = 128
@@ -167,7 +170,8 @@ def serve(options: ServerOptions) -> None:
     keys = KeyCheck(
         options.api_keys, options.max_requests_per_minute_per_key, options.max_concurrent_requests_per_key
     )
-    grpc_options = _grpc_options(options, keys)
+    telemetry = Telemetry() if options.enable_opentelemetry else None
+    grpc_options = _grpc_options(options, keys, telemetry)
     # Before the load, which may take minutes.
     check_port_is_free("--port", options.host, options.port)
     check_port_is_free("--rest_api_port", options.host, options.rest_api_port)
@@ -179,7 +183,9 @@ def serve(options: ServerOptions) -> None:
 
     state = ServerState(options)
     # It says that the model is being loaded, until it is.
-    rest_server = _start_rest_server(state, options, keys, metrics) if options.rest_api_port else None
+    rest_server = None
+    if options.rest_api_port:
+        rest_server = _start_rest_server(state, options, keys, metrics, telemetry)
     try:
         manager = ModelManager(
             load,
@@ -215,6 +221,8 @@ def serve(options: ServerOptions) -> None:
     state.is_stopping = True
     _drain(grpc_server, rest_server, options.drain_seconds)
     manager.close()
+    if telemetry:
+        telemetry.close()
 
 
 def _watch_files(
@@ -280,9 +288,10 @@ def _session_config(options: ServerOptions) -> config_pb2.ConfigProto:
     return config
 
 
-def _grpc_options(options: ServerOptions, keys: KeyCheck) -> GrpcOptions:
+def _grpc_options(options: ServerOptions, keys: KeyCheck, telemetry: Telemetry | None) -> GrpcOptions:
     return GrpcOptions(
         max_threads=options.grpc_max_threads,
+        interceptors=(telemetry.interceptor(),) if telemetry else (),
         keys=keys,
         socket_path=options.grpc_socket_path,
         credentials=read_grpc_credentials(options.ssl_config_file) if options.ssl_config_file else None,
@@ -486,7 +495,7 @@ class RestServer:
 
     def __init__(
         self,
-        app: HttpApp,
+        app: Callable,
         listener: socket.socket,
         executor: ThreadPoolExecutor,
         drain_seconds: int,
@@ -526,7 +535,11 @@ class RestServer:
 
 
 def _start_rest_server(
-    state: ServerState, options: ServerOptions, keys: KeyCheck, metrics: Metrics
+    state: ServerState,
+    options: ServerOptions,
+    keys: KeyCheck,
+    metrics: Metrics,
+    telemetry: Telemetry | None,
 ) -> RestServer:
     tls, metrics_paths = _rest_tls(options), _metrics_paths(options)
     family, address = next(_resolve("--rest_api_port", options.host, options.rest_api_port))
@@ -548,7 +561,8 @@ def _start_rest_server(
         log.addHandler(logging.StreamHandler())
     seconds = options.generation_timeout_in_ms / 1000 or None
     app = HttpApp(state, http_options, executor, metrics, seconds)
-    server = RestServer(app, listener, executor, options.drain_seconds, tls)
+    traced = telemetry.traced(app) if telemetry else app
+    server = RestServer(traced, listener, executor, options.drain_seconds, tls)
     server.start()
     return server
 

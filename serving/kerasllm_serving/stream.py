@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from kerasllm_serving.engine import Engine, Job, Piece, RowRequest
 from kerasllm_serving.errors import ServingError
 from kerasllm_serving.fields import ApiError, from_serving_error
+from kerasllm_serving.telemetry import annotate
 
 
 class Usage(NamedTuple):
@@ -130,7 +131,9 @@ class Stream:
             self.close()
 
     def _usage(self) -> Usage:
-        return Usage(self._prompt_tokens, sum(self._cached_tokens.values()), self._tokens)
+        usage = Usage(self._prompt_tokens, sum(self._cached_tokens.values()), self._tokens)
+        annotate({"gen_ai.usage.input_tokens": usage.read, "gen_ai.usage.output_tokens": usage.made})
+        return usage
 
 
 def _join(pieces: Sequence[Piece]) -> Piece:
