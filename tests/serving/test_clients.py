@@ -1,4 +1,4 @@
-"""Public clients of OpenAI's API, each in an environment of its own, against the running server."""
+"""Public clients of both APIs, each in an environment of its own, against the running server."""
 
 import json
 import pathlib
@@ -8,6 +8,8 @@ import sys
 import urllib.request
 
 import pytest
+from google.protobuf import descriptor_pb2
+from tensorflow_serving.apis import model_service_pb2, prediction_service_pb2
 
 pytestmark = [
     pytest.mark.clean_env,
@@ -24,6 +26,19 @@ CLIENTS = {
     "pydantic_ai_client.py": ("pydantic-ai-slim[openai]==2.68.0", ALL - {"embeddings"}),
     "llm_client.py": ("llm==0.36", {"text", "streamed", "structured"}),
     "openai_client.mjs": ("openai@6.49.0", ALL),
+}
+# Those of TensorFlow Serving's API, and what each tells besides texts and errors.
+TF_SERVING_CLIENTS = {
+    "ovmsclient_client.py": (
+        "ovmsclient==2023.1",
+        {api: {"state": "AVAILABLE", "dtype": "DT_STRING"} for api in ("grpc", "rest")},
+    ),
+    "kserve_client.py": ("kserve==0.21.0", {"rows": {}, "columns": {}}),
+    "grpc_js_client.mjs": (
+        "@grpc/grpc-js@1.14.7 @grpc/proto-loader@0.8.1",
+        # NOT_FOUND, DEADLINE_EXCEEDED
+        {"grpc": {"state": "AVAILABLE", "version": 7, "codes": [5, 4]}},
+    ),
 }
 ASKED = {
     "embedder": "embedder",
@@ -72,13 +87,15 @@ def run_client(script, package, argument, folder):
     if script.endswith(".mjs"):
         if shutil.which("npm") is None:
             pytest.skip("needs node and npm")
-        run(["npm", "install", "--silent", "--no-audit", "--no-fund", package], cwd=folder)
+        run(["npm", "install", "--silent", "--no-audit", "--no-fund", *package.split()], cwd=folder)
         shutil.copy(SCRIPTS / script, folder)
         command = ["node", script, argument]
     else:
         run([sys.executable, "-m", "venv", folder / "venv"])
         python = folder / "venv" / "bin" / "python"
-        run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *package.split()])
+        # Few of the modules are imported: they are compiled then.
+        flags = ["--quiet", "--no-compile", "--disable-pip-version-check"]
+        run([python, "-m", "pip", "install", *flags, *package.split()])
         command = [python, SCRIPTS / script, argument]
     return json.loads(run(command, cwd=folder, timeout=300).splitlines()[-1])
 
@@ -104,3 +121,37 @@ def test_client(script, url, tmp_path):
     if "embeddings" in can:
         vectors = ask(url, "embeddings", {"model": "embedder", "input": ["one", "two"]})["data"]
         assert found["embeddings"] == [pytest.approx(entry["embedding"], abs=1e-6) for entry in vectors]
+
+
+def write_descriptors(path):
+    """Writes the descriptors of TensorFlow Serving's services and of all that they need, as protoc does."""
+    files = {}
+
+    def add(file):
+        if file.name not in files:
+            for needed in file.dependencies:
+                add(needed)
+            files[file.name] = descriptor_pb2.FileDescriptorProto.FromString(file.serialized_pb)
+
+    add(prediction_service_pb2.DESCRIPTOR)
+    add(model_service_pb2.DESCRIPTOR)
+    path.write_bytes(descriptor_pb2.FileDescriptorSet(file=files.values()).SerializeToString())
+
+
+@pytest.mark.parametrize("script", TF_SERVING_CLIENTS)
+def test_tf_serving_client(script, server, tmp_path):
+    write_descriptors(tmp_path / "descriptors.pb")
+    asked = {
+        "grpc": f"127.0.0.1:{server.grpc_port}",
+        "rest": f"127.0.0.1:{server.rest_port}",
+        "model": "test_model",
+        "version": 7,
+        "texts": ["Hello", "wörld", ""],
+        "descriptors": str(tmp_path / "descriptors.pb"),
+    }
+    package, wanted = TF_SERVING_CLIENTS[script]
+    found = run_client(script, package, json.dumps(asked), tmp_path)
+    for answer in found.values():
+        assert answer.pop("texts") == ["<Hello>", "<wörld>", "<>"]
+        assert "Servable not found for request: " in answer.pop("error")
+    assert found == wanted

@@ -123,6 +123,11 @@ def test_deadline(server, predict):
     assert arrays(predict("slow", seconds=np.float64([0.01])))["seconds"].tolist() == [0.01]
 
 
+def test_no_deadline(server):
+    response = server.prediction.Predict(predict_request(prompt=["a"]))
+    assert arrays(response)["text"].tolist() == [b"<a>"]
+
+
 def test_model_status(server):
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = "test_model"
