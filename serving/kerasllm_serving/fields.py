@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -19,6 +19,7 @@ class ApiError(Exception):
         param: The field that is wrong.
         code: A word for programs.
         seconds: After which it may be asked again, where that would help.
+        allowed: The methods that a path takes, where another came.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         seconds: float = 1.0,
+        allowed: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -35,6 +37,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.seconds = seconds
+        self.allowed = allowed
 
     @property
     def body(self) -> dict[str, Any]:
@@ -46,8 +49,10 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What goes with it: when to ask again."""
-        return {"retry-after": str(math.ceil(self.seconds))} if self.status in (429, 503) else {}
+        """What goes with it: when to ask again, and how."""
+        if self.status in (429, 503):
+            return {"retry-after": str(math.ceil(self.seconds))}
+        return {"allow": ", ".join(self.allowed)} if self.allowed else {}
 
 
 def from_serving_error(error: ServingError) -> ApiError:

@@ -66,8 +66,8 @@ class State(Protocol):
     def find(self, name: str | None) -> contextlib.AbstractContextManager[Served]:
         """Gives the language model of a name, of None the only one; a KeyError if there is none."""
 
-    def language_models(self) -> list[Served]:
-        """Returns all language models."""
+    def language_models(self) -> dict[str, Served]:
+        """Returns all language models by their names."""
 
     def problem(self) -> str | None:
         """Why no request should come now; None: they may."""
@@ -147,10 +147,7 @@ class HttpApp:
         if method == "OPTIONS" and self._options.allows_cors:
             await exchange.respond(204, _JSON, b"")
             return
-        if path in self._gets or path in self._posts:
-            wanted = "GET" if path in self._gets else "POST"
-            if method != wanted and (method, wanted) != ("HEAD", "GET"):
-                raise ApiError(405, f"{path} takes {wanted} requests. Received: {method}")
+        self._check_method(path, method)
         if path in self._gets:
             await exchange.respond(*self._gets[path]())
         elif path.startswith(_CARDS):
@@ -230,6 +227,19 @@ class HttpApp:
                     raise ApiError(429, str(error), code=code, seconds=error.seconds) from error
             yield
 
+    def _check_method(self, path: str, method: str) -> None:
+        """Refuses what a fixed path does not take; TensorFlow Serving's have an error of their own."""
+        if path in self._gets or path.startswith(_CARDS):
+            allowed = ("GET", "HEAD")
+        elif path in self._posts:
+            allowed = ("POST",)
+        else:
+            return
+        if method not in allowed:
+            raise ApiError(
+                405, f"{path} takes {' and '.join(allowed)} requests. Received: {method}", allowed=allowed
+            )
+
     def _check_ready(self) -> None:
         problem = self._state.problem()
         if problem:
@@ -246,13 +256,13 @@ class HttpApp:
 
     def _list_models(self) -> tuple[int, str, bytes]:
         self._check_ready()
-        models = [_describe(served) for served in self._state.language_models()]
+        models = [_describe(served) for served in self._state.language_models().values()]
         return 200, _JSON, _to_json({"object": "list", "data": models})
 
     def _show_card(self, name: str) -> tuple[int, str, bytes]:
         self._check_ready()
-        cards = {served.model.name: served.model.card for served in self._state.language_models()}
-        card = cards.get(urllib.parse.unquote(name))
+        served = self._state.language_models().get(urllib.parse.unquote(name))
+        card = served.model.card if served else None
         return (404, _TEXT, b"") if card is None else (200, _TEXT, card.encode())
 
     def _with_openai(self, path: str, status: int, text: str) -> str:
@@ -260,10 +270,8 @@ class HttpApp:
         match = _MODEL_PATH.fullmatch(path)
         if not (match and status == 200):
             return text
-        for served in self._state.language_models():
-            if served.model.name == match[1]:
-                return json.dumps(json.loads(text) | _describe(served), indent=1) + "\n"
-        return text
+        served = self._state.language_models().get(urllib.parse.unquote(match[1]))
+        return json.dumps(json.loads(text) | _describe(served), indent=1) + "\n" if served else text
 
     async def _refuse(self, exchange: "_Exchange", error: ApiError) -> None:
         if exchange.has_started:

@@ -462,18 +462,18 @@ class ServerState:
     @contextlib.contextmanager
     def find(self, name: str | None) -> Iterator[Served]:
         """Gives the language model of a name, of None the only one; a KeyError if there is none."""
-        names = [served.model.name for served in self.language_models()]
-        if name is None and len(names) == 1:
-            name = names[0]
-        if name not in names:
+        models = self.language_models()
+        if name is None and len(models) == 1:
+            (name,) = models
+        if name not in models:
             raise KeyError(name)
         with self._manager.use(model_pb2.ModelSpec(name=name)) as loaded:
             yield loaded.served
 
-    def language_models(self) -> list[Served]:
-        """Returns all language models."""
+    def language_models(self) -> dict[str, Served]:
+        """Returns all language models by their names."""
         loaded = self._manager.latest() if self._manager else {}
-        return [each.served for each in loaded.values() if each.served]
+        return {name: each.served for name, each in loaded.items() if each.served}
 
     def problem(self) -> str | None:
         """Why no request should come now; None: they may."""

@@ -396,6 +396,26 @@ def test_pages_of_the_server(llm_server, post):
             assert error.value.code == code
 
 
+def test_methods(llm_server):
+    """Fixed paths take those that fit, and say which."""
+    pages = ("/", "/health", "/ready", "/metrics", "/v1/models")
+    for path, method, status, allowed in (
+        ("/cards/tiny", "HEAD", 200, None),
+        ("/health", "HEAD", 200, None),
+        *((path, "POST", 405, "GET, HEAD") for path in pages),
+        *(("/cards/tiny", method, 405, "GET, HEAD") for method in ("POST", "PUT", "DELETE", "OPTIONS")),
+        *((path, "GET", 405, "POST") for path in ("/v1/responses", "/tokenize", "/generate")),
+    ):
+        request = urllib.request.Request(llm_server.url + path, method=method)
+        try:
+            answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            assert (answer.status, answer.headers["Allow"]) == (status, allowed), (path, method)
+            assert method != "HEAD" or answer.read() == b""
+
+
 def test_keys_limits_and_logs(start_server, served, tmp_path, post):
     """A folder without slots: what works says so, and what does not, too."""
     keys = tmp_path / "keys"
