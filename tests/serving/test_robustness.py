@@ -232,3 +232,58 @@ def test_whoever_goes_while_sending(server):
     for connection in connections:
         connection.close()
     assert answers == [200] * 4
+
+
+def mutate(data, random):
+    """Changes, cuts, doubles or inserts some of the bytes of a valid request."""
+    data = bytearray(data)
+    for _ in range(random.integers(1, 4)):
+        begin = random.integers(len(data) + 1)
+        end = begin + random.integers(8)
+        new = [random.bytes(end - begin), b"", data[begin:end] * 2, random.bytes(3)]
+        data[begin:end] = new[random.integers(len(new))]
+    return bytes(data)
+
+
+def test_mutants_of_protobufs(server):
+    """Whatever comes is answered, refused with a reason of its own, or no message at all."""
+    random = np.random.default_rng(0)
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = "test_model", "numeric"
+    request.inputs["x"].CopyFrom(tf.make_tensor_proto(np.ones([2, 2], np.float32)))
+    request.inputs["n"].CopyFrom(tf.make_tensor_proto(np.int32([5, 6])))
+    valid, codes = request.SerializeToString(), {}
+    for method in ("Predict", "Classify", "Regress", "MultiInference", "GetModelMetadata"):
+        call = server.channel.unary_unary(f"/tensorflow.serving.PredictionService/{method}")
+        for _ in range(1000):
+            # Mostly one byte: where lengths of fields change, little of it is a message.
+            mutant = bytearray(valid)
+            mutant[random.integers(len(valid))] = random.integers(256)
+            if random.random() < 0.2:
+                mutant = mutate(valid, random)
+            try:
+                call(bytes(mutant), timeout=TIMEOUT)
+            except grpc.RpcError as error:
+                codes[error.code()] = codes.get(error.code(), 0) + 1
+                is_message = "deserializing" not in error.details()
+                assert not (
+                    is_message and error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+                )
+    # Many are messages, of which some name another model.
+    assert min(codes[grpc.StatusCode.INVALID_ARGUMENT], codes[grpc.StatusCode.NOT_FOUND]) > 10
+
+
+def test_mutants_of_json(server):
+    random = np.random.default_rng(0)
+    bodies = {
+        "predict": b'{"signature_name": "numeric", "instances": [{"x": [1.5, 2], "n": 5}]}',
+        "classify": b'{"signature_name": "classify", "examples": [{"x": 0.5, "name": {"b64": "YQ=="}}]}',
+        "regress": b'{"signature_name": "regress", "context": {"x": 1}, "examples": [{"x": 0.5}]}',
+    }
+    found = set()
+    for verb, body in bodies.items():
+        for _ in range(200):
+            status, answer = post(server, f"{MODEL}:{verb}", mutate(body, random))
+            found.add(status)
+            assert status < 500 and (status == 200 or list(answer) == ["error"])
+    assert {200, 400} <= found
