@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -123,3 +124,17 @@ def tflite(random_lm, tmp_path_factory):
     """`random_lm` as a LiteRT model whose cache is not a multiple of its prefill lengths."""
     path = tmp_path_factory.mktemp("litert") / "model.tflite"
     return random_lm.export(path, prefill_lengths=(4, 16), cache_length=46, decode_lengths=(24,))
+
+
+@pytest.fixture(scope="module")  # while it is open, no other event loop can be
+def browser():
+    """The Chromium that is installed, driven by Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -2,14 +2,11 @@
 
 import json
 import math
-import shutil
 import urllib.request
 
 import pytest
 
 pytestmark = pytest.mark.slow
-playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROMPT = "Once upon a time"
 MILLISECONDS = 120_000
 IS_DONE = "!document.querySelector('#send').disabled"
@@ -18,16 +15,6 @@ IS_DONE = "!document.querySelector('#send').disabled"
 @pytest.fixture(scope="module")
 def llm_server(start_server, random_served):
     return start_server(f"--model_base_path={random_served}", "--model_name=tiny")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as api:
-        browser = api.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[(1200, 800), (390, 844)], ids=["desk", "phone"])
