@@ -262,6 +262,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of a .tflite: lengths of a text up to which a quicker decoding is written too",
     )
     devices.add_argument(
+        "--sentencepiece-model",
+        metavar="FILE",
+        help="of a .litertlm: the tokenizer's tokenizer.model, to be bundled instead of its tokenizer.json",
+    )
+    devices.add_argument(
         "--data",
         nargs="+",
         metavar="PATH",
@@ -495,6 +500,10 @@ def _export(arguments) -> int:
                 "A file for devices takes none of --overwrite, --verify, --docker, --license, --slots, "
                 "--jit-compile."
             )
+        other = "sentencepiece_model" if arguments.path.endswith(".tflite") else "decode_lengths"
+        if other in device_options:
+            option = "--" + other.replace("_", "-")
+            raise ValueError(f"This kind of file takes no {option}. Received: {arguments.path}")
         path = _load(arguments, "text-generation").export(arguments.path, **device_options)
         print(f"written: {path}")
         print(f'next: kerasllm run-litert {path} "…"')
@@ -529,7 +538,10 @@ def _export(arguments) -> int:
 
 def _device_options(arguments) -> dict:
     """What was given of the options of an export for devices."""
-    names = ("quantize", "cache_length", "prefill_lengths", "decode_lengths", "largest_divergence", "force")
+    names = (
+        *("quantize", "cache_length", "prefill_lengths", "decode_lengths", "sentencepiece_model"),
+        *("largest_divergence", "force"),
+    )
     options = {name: getattr(arguments, name) for name in names}
     options["texts"] = None
     if arguments.data:

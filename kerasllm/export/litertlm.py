@@ -7,11 +7,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
+
 from kerasllm.export.litert import converted
 from kerasllm.files import new_file, write_json
 from kerasllm.generation import GenerationConfig
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
+from kerasllm.tokenizers.sentencepiece import MARK
 from kerasllm.version import __version__
 
 # The runtime gives each message's content as a list of parts; the templates of checkpoints expect a text.
@@ -37,6 +40,10 @@ _JOIN_PARTS = """\
 {%- endfor -%}
 {%- set messages = kept.messages -%}
 """
+# The least share of lines with the same tokens, of those on which a SentencePiece model and the tokenizer
+# are compared: where two cuts are equally likely, SentencePiece's choice is not always that of others.
+_EQUAL_LINES = 0.99
+_WORDS_OF_A_LINE = 8
 # For a model that was not made for chats: it goes on from what was said.
 _NO_TEMPLATE = "{%- for message in messages -%}{{ message['content'] }}{%- endfor -%}"
 
@@ -147,10 +154,11 @@ def export_litertlm(
     largest_divergence: float | None = None,
     force: bool = False,
     verbose: bool = True,
+    sentencepiece_model: str | os.PathLike | None = None,
 ) -> pathlib.Path:
     """Writes a `.litertlm`: one file that LiteRT-LM loads on Android, iOS and desktops.
 
-    It holds the model as `export_litert` makes it, the tokenizer.json, the tokens that end a text, the
+    It holds the model as `export_litert` makes it, the tokenizer, the tokens that end a text, the
     defaults of the sampler and the chat template. A report lies beside it, as `<name>.report.json`.
 
     Args:
@@ -159,14 +167,19 @@ def export_litertlm(
             the end of the cache.
         path: The file to write, ending in `.litertlm`.
         quantize: As in `export_litert`.
+        sentencepiece_model: The SentencePiece model that the tokenizer was read from, such as a
+            checkpoint's `tokenizer.model`. It is put into the file instead of the tokenizer.json, and must
+            cut texts and chats as the tokenizer does.
 
     Returns:
         The file.
 
     Raises:
-        ValueError, MemoryError, RuntimeError: As in `export_litert`, or if nothing ends a text or the
-            defaults of the generation ask for what the runtime does not do.
+        ValueError, MemoryError, RuntimeError: As in `export_litert`, or if nothing ends a text, the
+            defaults of the generation ask for what the runtime does not do, or the SentencePiece model is
+            damaged or another one than the tokenizer's.
         FileExistsError: If `path` or its report exists.
+        FileNotFoundError: If there is no `sentencepiece_model`.
         ModuleNotFoundError: If the extra `litert` is not installed.
     """
     path, config = pathlib.Path(path), config or GenerationConfig()
@@ -181,6 +194,10 @@ def export_litertlm(
             "This export needs an extra: pip install 'kerasllm[litert]'. There is no litert_lm_builder."
         )
     _check_settings(config)
+    pieces = None
+    if sentencepiece_model is not None:
+        pieces = pathlib.Path(sentencepiece_model).read_bytes()
+        _check_sentencepiece(pieces, tokenizer, texts)
     llm_metadata(model, tokenizer, config, 1)  # refuses what it must before the minutes are spent
     with converted(
         model,
@@ -194,7 +211,8 @@ def export_litertlm(
         force=force,
         verbose=verbose,
     ) as (file, report):
-        _bundle(file, path, tokenizer, llm_metadata(model, tokenizer, config, report["cache_length"]))
+        metadata = llm_metadata(model, tokenizer, config, report["cache_length"])
+        _bundle(file, path, pieces or tokenizer, metadata)
         report["bundle_bytes"] = path.stat().st_size
         write_json(report_path, report)
     return path
@@ -214,20 +232,66 @@ def _check_settings(config: GenerationConfig) -> None:
         )
 
 
-def _bundle(model_file: pathlib.Path, path: pathlib.Path, tokenizer: Tokenizer, metadata: Any) -> None:
-    """Puts the parts into one file."""
+def _check_sentencepiece(content: bytes, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Refuses a SentencePiece model that would have the runtime read other tokens than the tokenizer's."""
+    try:
+        processor = SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`sentencepiece_model` must be a SentencePiece model. Received: {error}"
+        ) from error
+    pieces = [processor.id_to_piece(id) for id in range(processor.vocab_size())]
+    tokens = [tokenizer.id_to_token(id) for id in range(tokenizer.vocabulary_size)]
+    if pieces != tokens:
+        different = next((i for i, (a, b) in enumerate(zip(pieces, tokens, strict=False)) if a != b), None)
+        different = min(len(pieces), len(tokens)) if different is None else different
+        raise ValueError(
+            "`sentencepiece_model` must have the tokenizer's tokens. Received: "
+            f"{len(pieces)} tokens, of a tokenizer with {len(tokens)}; the first that differs has the id "
+            f"{different}"
+        )
+    words = [piece[1:] for piece in pieces if piece.startswith(MARK)]
+    lines = [" ".join(words[i : i + _WORDS_OF_A_LINE]) for i in range(0, len(words), _WORDS_OF_A_LINE)]
+    lines += [line for text in texts for line in text.splitlines()]
+    pairs = zip(lines, tokenizer.encode(lines), processor.encode(lines), strict=True)
+    unequal = [line for line, wanted, got in pairs if wanted != got]
+    if len(unequal) > (1 - _EQUAL_LINES) * len(lines):
+        raise ValueError(
+            "`sentencepiece_model` must cut texts as the tokenizer does. Received: one that cuts "
+            f"{len(unequal)} of {len(lines)} lines otherwise, such as {unequal[0][:80]!r}"
+        )
+    if tokenizer.chat_template is None:
+        return
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rendered = tokenizer.render_chat(chat, chat_template=_beginning(tokenizer)[1])
+    if tokenizer.encode(rendered, parse_special=True) != processor.encode(rendered):
+        raise ValueError(
+            "`sentencepiece_model` must cut chats as the tokenizer does: the template's tokens must be "
+            "user-defined ones, and no space be put before the first (`add_dummy_prefix`). Received: a "
+            f"template that gives {rendered!r}"
+        )
+
+
+def _bundle(
+    model_file: pathlib.Path, path: pathlib.Path, tokenizer: Tokenizer | bytes, metadata: Any
+) -> None:
+    """Puts the parts into one file; the tokenizer may be the content of a SentencePiece model."""
     from litert_lm_builder import litertlm_builder
 
     work = model_file.parent
     (work / "metadata.pb").write_bytes(metadata.SerializeToString(deterministic=True))
-    (work / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     builder = litertlm_builder.LitertLmFileBuilder()
     kind = litertlm_builder.DType.STRING
     builder.add_system_metadata(
         litertlm_builder.Metadata(key="Authors", value=f"kerasllm {__version__}", dtype=kind)
     )
     builder.add_llm_metadata(str(work / "metadata.pb"))
-    builder.add_hf_tokenizer(str(work / "tokenizer.json"))
+    if isinstance(tokenizer, bytes):
+        (work / "tokenizer.model").write_bytes(tokenizer)
+        builder.add_sentencepiece_tokenizer(str(work / "tokenizer.model"))
+    else:
+        (work / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        builder.add_hf_tokenizer(str(work / "tokenizer.json"))
     builder.add_tflite_model(str(model_file), litertlm_builder.TfLiteModelType.PREFILL_DECODE)
     with new_file(path) as temporary, open(temporary, "wb") as file:
         builder.build(file)

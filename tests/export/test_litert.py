@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
+from kerasllm_serving.litert import Text
 from reference.weights import randomize
 
 from kerasllm import GPT2, CausalLM, GenerationConfig, GPT2Config, Llama, LlamaConfig
@@ -148,6 +149,32 @@ def test_each_filter_chooses_as_the_live_model(name):
     wanted = choose_tokens(np.tile(penalized, (50, 1)), numbers, **columns).numpy().tolist()
     assert [choose_token(scores, number, seen, settings) for number in numbers] == wanted
     assert len(set(wanted)) > 2
+
+
+def test_of_equal_scores_the_first_are_the_likeliest():
+    """As in `top_k` of TensorFlow; of few scores, any sort would keep the order."""
+    scores = np.zeros(1000, "float32")
+    off = {"temperature": 1.0, "top_k": 5, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    numbers = np.linspace(0, 1, 50, endpoint=False, dtype="float32")
+    columns = {name: np.full(50, off[name], "float32") for name in ("temperature", "top_p", "min_p")}
+    tiled = np.tile(scores, (50, 1))
+    wanted = choose_tokens(tiled, numbers, top_k=np.full(50, 5, "int32"), **columns).numpy().tolist()
+    assert [choose_token(scores, number, [], off) for number in numbers] == wanted
+    assert set(wanted) == set(range(5))
+
+
+class Letters:
+    """A tokenizer whose ids are code points."""
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize("stops", [("cd", "bcd"), ("bcd", "cd")])
+def test_of_stop_strings_that_end_together_the_longest_counts(stops):
+    text = Text(Letters(), [], stops)
+    assert [text.push(ord(letter)) for letter in "abcd"] == ["a", "", "", ""]
+    assert text.stopped and text.finish() == ""
 
 
 def test_stop_strings_and_streaming(generator, random_lm):

@@ -1,11 +1,14 @@
+import io
 import json
 
 import numpy as np
 import pytest
+from reference.weights import randomize
+from sentencepiece import SentencePieceTrainer
 
-from kerasllm import CausalLM, GenerationConfig, Tokenizer, cli
+from kerasllm import GPT2, CausalLM, GenerationConfig, GPT2Config, Tokenizer, cli
 from kerasllm.export.litertlm import export_litertlm, llm_metadata
-from kerasllm.litertlm import generate
+from kerasllm.litertlm import _engine, generate
 
 pytest.importorskip("litert_lm")
 
@@ -117,3 +120,82 @@ def test_the_command_runs_and_measures(litertlm, tflite, chat_lm, capsys, tmp_pa
     ):
         assert cli.main(["run-litert", str(path), "Hi"]) == 1
         assert message in capsys.readouterr().err
+
+
+def sentencepiece_folder(folder, stories, kind, size, is_for_chats, **settings):
+    """A checkpoint's tokenizer files; `CHAT` writes user-defined tokens, as Gemma's template does."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(stories),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=size,
+        byte_fallback=True,
+        user_defined_symbols=["<user>", "<a>"],
+        add_dummy_prefix=not is_for_chats,
+        minloglevel=2,
+    )
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    settings = {"tokenizer_class": "LlamaTokenizer", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokenizer.from_folder(folder)
+
+
+CHAT = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'].strip() }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("unigram", {}), ("bpe", {"chat_template": CHAT})])
+def test_sentencepiece_section(kind, settings, stories, tmp_path):
+    tokenizer = sentencepiece_folder(tmp_path / "tokenizer", stories, kind, 450, bool(settings), **settings)
+    config = GPT2Config(
+        vocabulary_size=tokenizer.vocabulary_size, context_length=64, num_layers=1, num_heads=4, dim=32
+    )
+    live = CausalLM(randomize(GPT2(config)), tokenizer, GenerationConfig(max_new_tokens=8))
+    path = live.export(
+        tmp_path / "m.litertlm",
+        sentencepiece_model=tmp_path / "tokenizer" / "tokenizer.model",
+        prefill_lengths=(16,),
+        cache_length=46,
+        quantize=None,
+    )
+    content = path.read_bytes()
+    assert (tmp_path / "tokenizer" / "tokenizer.model").read_bytes() in content
+    with _engine(path, 2) as engine:
+        for text in (PROMPT, "Once", "two  spaces ", "é 日本 naïve", "Hi<a>there", *stories[-20:]):
+            assert engine.tokenize(text) == tokenizer.encode(text, parse_special=True)
+    assert "".join(generate(path, PROMPT, 8, raw=True, num_threads=2)) == live.generate(PROMPT, 8)
+    if settings:
+        assert "".join(generate(path, PROMPT, 8)) == live.chat([{"role": "user", "content": PROMPT}], 8)
+
+
+def test_another_sentencepiece_model_is_refused(chat_lm, stories, tmp_path):
+    tokenizer = sentencepiece_folder(tmp_path / "a", stories, "unigram", 450, True)
+    other = sentencepiece_folder(tmp_path / "b", stories, "unigram", 440, True)
+    # The tokens of the first, and another way to cut texts.
+    model = json.loads(tokenizer.to_json())
+    model["model"]["vocab"] = [[piece, -float(len(piece) ** 2)] for piece, _ in model["model"]["vocab"]]
+    otherwise = Tokenizer.from_json(json.dumps(model), settings={"eos_token": "</s>"})
+    control = Tokenizer.from_json(
+        tokenizer.to_json(), settings={"eos_token": "</s>", "chat_template": CHAT + "</s>"}
+    )
+    damaged = tmp_path / "damaged.model"
+    damaged.write_bytes(b"no model")
+    file = tmp_path / "a" / "tokenizer.model"
+    for made_for, model_file, message in (
+        (other, file, "must have the tokenizer's tokens. Received: 450 tokens, of a tokenizer with 440"),
+        (otherwise, file, "must cut texts as the tokenizer does"),
+        (control, file, "a template that gives '<user>a<assistant>b</s>'"),
+        (tokenizer, damaged, "must be a SentencePiece model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_litertlm(
+                chat_lm.model, made_for, tmp_path / "m.litertlm", sentencepiece_model=model_file
+            )
+    with pytest.raises(FileNotFoundError):
+        export_litertlm(
+            chat_lm.model, tokenizer, tmp_path / "m.litertlm", sentencepiece_model=tmp_path / "none"
+        )
