@@ -143,7 +143,7 @@ def sentencepiece_folder(folder, stories, kind, size, is_for_chats, **settings):
 
 
 CHAT = (
-    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'].strip() }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'].strip() }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
 )
 
