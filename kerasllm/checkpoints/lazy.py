@@ -68,9 +68,9 @@ class WeightMemory:
 
 
 def set_value(variable: keras.Variable, value: np.ndarray) -> None:
-    """Gives a variable of `build_without_values` its first value, whose memory it takes over."""
+    """Gives a variable of `build_without_values` its first value; TensorFlow takes over its memory."""
     with tf.init_scope():
-        variable._initialize(_tensor_in_place(value))
+        variable._initialize(_tensor_in_place(value) if keras.backend.backend() == "tensorflow" else value)
     variable._initializer = None
 
 

@@ -1,4 +1,7 @@
 import itertools
+import os
+import pathlib
+import subprocess
 import sys
 
 import keras
@@ -116,6 +119,23 @@ def test_new_values_of_one_weight_leave_the_others_alone():
         np.testing.assert_array_equal(weight, other)
     again = load_model(values, Arrays(tensors))
     np.testing.assert_array_equal(again(IDS), expected(IDS))
+
+
+@pytest.mark.reference
+def test_on_the_jax_backend():
+    folder = pathlib.Path(__file__).parents[1] / "golden" / "gpt2"
+    code = f"""
+import numpy as np
+from kerasllm.checkpoints import load_folder, weights
+weights._MAX_WHOLE = 50  # the others are read in pieces
+golden = np.load({str(folder / "golden.npz")!r})
+model = load_folder({str(folder)!r}).model
+logits = model(golden["input_ids"], attention_mask=golden["attention_mask"])
+seen = golden["attention_mask"].astype(bool)
+np.testing.assert_allclose(np.asarray(logits)[seen], golden["logits"][seen], atol=1e-4)
+"""
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_row_ranges():
