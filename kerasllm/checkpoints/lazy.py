@@ -1,5 +1,6 @@
 """Building a Keras model without giving its weights values or memory."""
 
+import collections
 import contextlib
 import math
 import mmap
@@ -11,8 +12,6 @@ import tensorflow as tf
 from keras.src.backend.common import global_state
 
 _PENDING = "uninitialized_variables"
-# Of memory that TensorFlow takes over, in bytes.
-_ALIGNMENT = 64
 
 
 def build_without_values(build: Callable[[], keras.Model]) -> keras.Model:
@@ -40,31 +39,29 @@ def build_without_values(build: Callable[[], keras.Model]) -> keras.Model:
 class WeightMemory:
     """Memory for the weights of a model, in huge pages where the system has them.
 
-    Decoding reads all weights for each token; from pages of 4 KiB a tenth slower than from these.
+    Decoding reads all weights for each token; from pages of 4 KiB a tenth slower than from these. Each
+    weight has a mapping of its own, which goes when the weight gets another value. They are made before
+    the first is written to: lying side by side, they share huge pages.
 
     Args:
-        layout: Shape and dtype of each weight that will be asked for.
+        layout: Shape and dtype of each weight, in the order in which they will be asked for.
     """
 
     def __init__(self, layout: Iterable[tuple[Sequence[int], str]]):
-        size = sum(self._size(shape, dtype) for shape, dtype in layout)
-        self._place = 0
-        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        self._memory = mmap.mmap(-1, max(size, 1), **flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a system without huge pages gives what it has
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._arrays = collections.deque(self._make(shape, np.dtype(dtype)) for shape, dtype in layout)
 
     @staticmethod
-    def _size(shape: Sequence[int], dtype: str) -> int:
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        return -(-size // _ALIGNMENT) * _ALIGNMENT
+    def _make(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        memory = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1), **flags)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a system without huge pages gives what it has
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
-    def empty(self, shape: Sequence[int], dtype: str) -> np.ndarray:
+    def empty(self) -> np.ndarray:
         """Returns an array for the next weight, which holds nothing yet."""
-        array = np.frombuffer(self._memory, np.dtype(dtype), math.prod(shape), self._place).reshape(shape)
-        self._place += self._size(shape, dtype)
-        return array
+        return self._arrays.popleft()
 
 
 def set_value(variable: keras.Variable, value: np.ndarray) -> None:

@@ -193,7 +193,7 @@ def _fill(model: LanguageModel, source: TensorSource, plan: Plan) -> None:
     )
     for names, paths, transform in _with_progress(plan, source):
         name, shape = names[0], source.shapes[names[0]]
-        targets = [memory.empty(variables[path].shape, variables[path].dtype) for path in paths]
+        targets = [memory.empty() for _ in paths]
         if transform is SAME and np.prod(shape) > _MAX_WHOLE:
             for start, stop in row_ranges(shape):
                 targets[0][start:stop] = _floats(source.read(name, start, stop), name)

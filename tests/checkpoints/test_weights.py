@@ -1,8 +1,9 @@
-import itertools
+import gc
 import os
 import pathlib
 import subprocess
 import sys
+import weakref
 
 import keras
 import ml_dtypes
@@ -13,7 +14,7 @@ from reference.weights import randomize
 
 from kerasllm import GPT2, GPT2Config
 from kerasllm.checkpoints import weights
-from kerasllm.checkpoints.lazy import build_without_values
+from kerasllm.checkpoints.lazy import WeightMemory, build_without_values
 from kerasllm.checkpoints.tensors import TensorSource, row_ranges
 from kerasllm.checkpoints.weights import load_model
 from kerasllm.models import find_model_class
@@ -94,13 +95,24 @@ def test_what_was_read_in_pieces_is_not_copied_whenever_it_is_used(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_lie_side_by_side_where_they_were_read_to(dtype):
-    """Not a copy of it, which would lie in small pages and for a while take the memory twice."""
+def test_weights_lie_where_they_were_read_to(dtype, monkeypatch):
+    """A copy would lie in small pages, and for a while take the memory twice."""
     _, values, tensors = make()
+    empty, mappings, places = WeightMemory.empty, [], []
+
+    def seen(memory):
+        array = empty(memory)
+        mappings.append(weakref.ref(array.base))
+        places.append(array.ctypes.data)
+        return array
+
+    monkeypatch.setattr(WeightMemory, "empty", seen)
     model = load_model(values, Arrays(tensors), dtype=dtype)
-    places = sorted((address(v), v.value.shape.num_elements() * v.value.dtype.size) for v in model.weights)
-    for (place, size), (following, _) in itertools.pairwise(places):
-        assert place % 64 == 0 and following == place + -(-size // 64) * 64
+    assert sorted(map(address, model.weights)) == sorted(places)
+    freed = places.index(address(model.weights[0]))
+    model.weights[0].assign(np.zeros(model.weights[0].shape))
+    gc.collect()
+    assert [number for number, mapping in enumerate(mappings) if mapping() is None] == [freed]
 
 
 def address(variable):
