@@ -39,6 +39,7 @@ SERVICE, METHOD = "kerasllm.serving.GenerationService", "PredictStreamed"
 _MOST_ROWS = 128
 _MOST_STOP_STRINGS, _LONGEST_STOP_STRING = 16, 256  # of the exported graph
 _INT32 = 2**31 - 1
+_NO_DEADLINE_SECONDS = 1e9
 _logger = logging.getLogger(__name__)
 
 
@@ -95,6 +96,13 @@ def generation_handler(core: ServerCore, truncate: Callable[[str], str]) -> grpc
     return grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler})
 
 
+def seconds_left(context: grpc.ServicerContext) -> float | None:
+    """Returns what is left until a request's deadline; None: it has none."""
+    seconds = context.time_remaining()
+    # Without one, gRPC tells of a deadline in billions of years.
+    return None if seconds is None or seconds > _NO_DEADLINE_SECONDS else seconds
+
+
 def _stream(
     loaded: Any, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
 ) -> Iterator[predict_pb2.PredictResponse]:
@@ -104,7 +112,7 @@ def _stream(
             f"Model {request.model_spec.name} must generate in slots: export it with `--slots 8`."
         )
     rows = _read_rows(request, served.model, served.engine)
-    remaining = context.time_remaining()
+    remaining = seconds_left(context)
     deadline = None if remaining is None else time.monotonic() + remaining
     pieces: queue.Queue[Piece | ServingError | None] = queue.Queue()
     # The call may end at any time from here on, and then nobody reads any more.

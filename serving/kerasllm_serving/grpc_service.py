@@ -25,12 +25,11 @@ from tensorflow_serving.apis import (
 from kerasllm_serving.api_keys import KeyCheck, TooManyRequests
 from kerasllm_serving.core import ServerCore
 from kerasllm_serving.errors import ServingError, StartupError
-from kerasllm_serving.generation_service import generation_handler
+from kerasllm_serving.generation_service import generation_handler, seconds_left
 from kerasllm_serving.health import SERVICE, health_handler
 
 _MAX_STATUS_BYTES = 1024
 _UNLIMITED = -1
-_NO_DEADLINE_SECONDS = 1e9
 _logger = logging.getLogger(__name__)
 
 _Response = TypeVar("_Response", bound=Message)
@@ -274,9 +273,8 @@ def _answer(context: grpc.ServicerContext, handle: Callable[[], _Response]) -> _
 
 def _timeout_in_ms(context: grpc.ServicerContext) -> int:
     """Returns what is left of the request's deadline, 0 if it has none."""
-    remaining = context.time_remaining()
-    # Without one, gRPC tells of a deadline in billions of years.
-    if remaining is None or remaining > _NO_DEADLINE_SECONDS:
+    remaining = seconds_left(context)
+    if remaining is None:
         return 0
     if remaining <= 0:  # it waited in the queue for too long
         raise ServingError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")

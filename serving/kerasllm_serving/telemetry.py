@@ -28,7 +28,8 @@ class Telemetry:
     def __init__(self) -> None:
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.instrumentation import asgi, grpc
+            from opentelemetry.instrumentation import asgi
+            from opentelemetry.instrumentation import grpc as grpc_instrumentation
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ModuleNotFoundError as error:
@@ -37,7 +38,7 @@ class Telemetry:
                 f"Received: no module {error.name!r}"
             ) from error
         os.environ.setdefault("OTEL_SERVICE_NAME", "kerasllm_serving")
-        self._asgi, self._grpc = asgi, grpc
+        self._asgi, self._grpc = asgi, grpc_instrumentation
         self._provider = TracerProvider()
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
 
