@@ -69,7 +69,7 @@ def test_with_other_settings(random_lm):
         ({"constraints": [{"regex": "a"}] * 2}, "`constraints` must hold for each prompt"),
         ({"constraints": [{"what": "a"}]}, "kind of a constraint must be one of"),
         ({"regex": "a", "prompt_lookup_num_tokens": 3}, "tokens cannot be guessed"),
-        ({"regex": "a", "suppress_tokens": list(range(400))}, "The constraint cannot be kept"),
+        ({"regex": "a", "suppress_tokens": list(range(399))}, "The constraint cannot be kept"),
         ({"regex": "a", "num_beams": 2}, "A beam search has .*'constraints'"),
     ],
 )
