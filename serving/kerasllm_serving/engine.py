@@ -1,8 +1,9 @@
 """Continuous batching: one thread owns the model, and rows join and leave its batch between steps.
 
-Prompts are read in parts, one between two steps, so that the rows that run wait for no more than that. What
-a slot has read stays there until the slot is needed for something else: a prompt that begins alike goes on
-from there, in that slot or, once it is copied, in another.
+Prompts are read in parts, between two steps one for each prompt that has a slot: the rows that run wait for
+no more than that, and prompts that come together make their tokens together. What a slot has read stays there
+until the slot is needed for something else: a prompt that begins alike goes on from there, in that slot or,
+once it is copied, in another.
 """
 
 import collections
@@ -191,7 +192,8 @@ class Engine:
         model: The model; no other thread may use its slots.
         max_queue: Most rows that wait.
         steps: Most tokens that a row makes before others may join or leave.
-        prefill_chunk: Most tokens of prompts that are read before the rows that run make their next.
+        prefill_chunk: Most tokens that are read, for each prompt that has a slot or can have one, before
+            the rows that run make their next.
         has_prefix_cache: Whether a prompt goes on from what a slot has read of it.
         metrics: Where the numbers go.
         labels: Pairs of a label's name and its value for all of them.
@@ -365,8 +367,13 @@ class Engine:
                 )
 
     def _read_prompts(self) -> None:
-        """Reads a part's worth of tokens, of one prompt after the other."""
-        left = self._prefill_chunk
+        """Reads a part's worth of tokens for each prompt that can be read, one prompt after the other.
+
+        A step takes almost as long for few rows as for many, so those that can go together should.
+        """
+        half_read = sum(not row.has_begun for row in self._running.values())
+        free = self.model.slots - len(self._running)
+        left = self._prefill_chunk * (half_read + min(free, len(self._waiting)))
         while left:
             # At most one prompt is half read, so that the next may begin like it.
             slot = next((slot for slot, row in self._running.items() if not row.has_begun), None)

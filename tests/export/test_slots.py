@@ -234,7 +234,7 @@ def test_what_a_server_needs(random_loaded, compiled_loaded, random_lm):
     numbers = {"slots": 3, "length": 64, "vocabulary": 400, "alternatives": 20}
     ends = [tokenizer.special_tokens[tokenizer.eos_token]]
     assert sizes == {**numbers, "step_rows": [3], "end_ids": ends}
-    assert compiled_loaded.slots.sizes()["step_rows"].numpy().tolist() == [1, 8, 9]
+    assert compiled_loaded.slots.sizes()["step_rows"].numpy().tolist() == [1, 4, 8, 9]
     end = tokenizer.eos_token
     texts = slots.token_texts(token_ids=tf.constant([tokenizer.special_tokens[end], 5, 399, 400, -1]))[
         "text"

@@ -270,6 +270,29 @@ def test_a_long_prompt_is_read_between_steps(make_engine):
     assert [entry[2] for entry in model.log if entry[0] == "insert"] == [*order, 8]
 
 
+def test_prompts_that_come_together_are_read_together(make_engine):
+    """Not one after each step: a step for few rows takes as long as for many."""
+
+    class Wide(Tally):
+        slots = 5
+
+    model = Wide()
+    engine = make_engine(model, prefill_chunk=4)
+    running = Collected(engine, RowRequest(token_ids=[1], max_new_tokens=40))
+    running.pieces.get(timeout=SECONDS)
+    rows = [RowRequest(token_ids=[10 * number] * 4, max_new_tokens=3) for number in range(1, 6)]
+    Collected(engine, *rows).rest()
+    first = model.log.index(("insert", 1, 10, 0))
+    assert model.log[first : first + 5] == [
+        *(("insert", slot, 10 * slot, 0) for slot in range(1, 5)),
+        ("step",),
+    ]  # the fifth has no slot yet
+    # One that is longer is read in as many parts as before, when it is alone.
+    Collected(engine, RowRequest(token_ids=list(range(2, 12)), max_new_tokens=3)).rest()
+    reads = [entry[2:] for entry in model.log if entry[0] == "read"]
+    assert reads == [(start, list(range(2 + start, 6 + start))) for start in (0, 4)]
+
+
 def test_a_prompt_goes_on_from_what_was_read(make_engine, slots, random_lm, monkeypatch):
     """Results as without, and the tokens of the common beginning are read once."""
     monkeypatch.setattr("kerasllm_serving.engine._WORTH_A_COPY", 2)
