@@ -106,9 +106,11 @@ def random_loaded(random_served):
 
 @pytest.fixture(scope="session")
 def compiled_served(random_lm, tmp_path_factory):
-    """`random_lm` as a SavedModel whose decoding XLA compiles, that of the slots too."""
+    """`random_lm` as a SavedModel whose decoding XLA compiles, that of the slots too, in small blocks."""
     base = tmp_path_factory.mktemp("served") / "compiled"
-    random_lm.export(base / "1", slots=9, jit_compile=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kerasllm.layers.attention._BLOCK", 24)
+        random_lm.export(base / "1", slots=9, jit_compile=True)
     return base
 
 

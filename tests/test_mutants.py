@@ -165,12 +165,26 @@ MUTANTS = [
         "layers/attention.py",
         (
             (
-                "key_length, attention_mask, position_bias, group)\n        mixed",
-                "key_length, None if cache else attention_mask, position_bias, group)\n        mixed",
+                "key_length, attention_mask, position_bias, group)\n            mixed",
+                "key_length, None if cache else attention_mask, position_bias, group)\n            mixed",
             ),
         ),
         ATTENTION,
         "left_padding",
+    ),
+    Mutant(
+        "blocks of a cache weighted by softmaxes of their own",
+        "layers/attention.py",
+        (("mixed * faded + products", "mixed + products"),),
+        ATTENTION,
+        "in_blocks",
+    ),
+    Mutant(
+        "columns counted twice where the last block begins in the one before",
+        "layers/attention.py",
+        (("< first - begin, MASKED", "< 0, MASKED"),),
+        ATTENTION,
+        "in_blocks",
     ),
     Mutant(
         "all rows written at the column of the first",

@@ -25,8 +25,8 @@ from kerasllm.layers.xla import traced_for_xla
 
 # The most alternatives to a token whose log-probabilities are kept, as many as OpenAI's API may ask for.
 MOST_ALTERNATIVES = 20
-# XLA compiles a step for each of these numbers of rows. SmolLM2's, in the time of one: 2 and 4 rows take 1.8,
-# 8 take 2.1 and 16 take 2.8.
+# XLA compiles a step for each of these numbers of rows. Of SmolLM2, 2 and 4 rows take 1.8 times as long as
+# one, 8 take 2.1 times and 16 take 2.8 times.
 _STEP_ROWS = (1, 4, 8, 16, 32, 64)
 # What `insert` takes beside `KNOBS`. No end of the text comes before `min_new_tokens`; `allowed` is empty,
 # or says which tokens may come first, as in `RowSettings`.
@@ -525,15 +525,19 @@ class SlotDecoder(tf.Module):
         """
         whole = [None if part.dtype == tf.string else part.read_value() for part in self.memory]
         memory = self._packed([None if part is None else part[:size] for part in whole])
-        state, slots = memory.state, self._plain[1]
+        # The cache is used where it lies; a copy of some of its rows would take longer than a step.
+        state = memory.state._replace(cache=self._packed(whole).state.cache)
+        memory = memory._replace(state=state)
         settings = memory.settings._replace(allowed=allowed[:size])
         with traced_for_xla() if self._jit_compile else contextlib.nullcontext():
             made = decode(self._plain[0].model, state._replace(texts=()), settings, memory.uniform, steps)
         new = memory._replace(state=made._replace(texts=state.texts)).flat()
+        in_cache = {id(part) for part in tf.nest.flatten(self._packed(self.memory).state.cache)}
         for variable, value, old, all_rows in zip(self.memory, new, memory.flat(), whole, strict=True):
             if value is not old:
+                is_whole = size == self._plain[1] or id(variable) in in_cache
                 start = [0] * len(value.shape)
-                variable.assign(value if size == slots else ops.slice_update(all_rows, start, value))
+                variable.assign(value if is_whole else ops.slice_update(all_rows, start, value))
         return tf.reduce_sum(made.lengths - state.lengths)
 
     def _watch(self, stops: StopStrings) -> StopWatch:

@@ -24,6 +24,8 @@ from kerasllm.layers.xla import is_traced_for_xla
 # Added to a score that must not count. Large enough that its exponential is exactly 0 in float32, and
 # small enough that two of them may meet without an overflow.
 MASKED = -1e9
+# How many columns of a cache are looked at at once, where XLA decodes in one of known length.
+_BLOCK = 256
 
 
 def dot_product_attention(query, keys, values, bias=None, dropout=None, score_cap=None):
@@ -54,6 +56,54 @@ def dot_product_attention(query, keys, values, bias=None, dropout=None, score_ca
     weights = ops.cast(weights, query.dtype)
     dropped = weights if dropout is None else dropout(weights)
     return ops.matmul(dropped, ops.swapaxes(values, -1, -2)), weights
+
+
+def _attend_in_blocks(query, cache, index, sliding_window, score_cap):
+    """Lets one query of each row look at a cache, of which no more is read than the rows have filled.
+
+    XLA knows fixed shapes only, and a product with the whole cache reads all of it for each token. The
+    softmax is put together from those of the blocks; Milakov and Gimelshein: "Online normalizer calculation
+    for softmax" (2018).
+
+    Args:
+        query: Floats `[batch, kv_heads, group, head_dim]`, scaled.
+        cache: Transposed keys `[rows, kv_heads, head_dim, length]` and values
+            `[rows, kv_heads, length, head_dim]`, of which the first `batch` rows count.
+        index: Int32 `[batch]`, each query's place.
+        sliding_window: As in `causal_bias`.
+        score_cap: As in `dot_product_attention`.
+
+    Returns:
+        Floats as `query`.
+    """
+    batch, (_, heads, width, length) = ops.shape(index)[0], cache[0].shape
+
+    def add_block(number, carried):
+        highest, total, mixed = carried
+        first = number * _BLOCK
+        begin = ops.minimum(first, length - _BLOCK)  # the last block begins in the one before
+        keys = ops.slice(cache[0], ops.stack([0, 0, 0, begin]), (batch, heads, width, _BLOCK))
+        values = ops.slice(cache[1], ops.stack([0, 0, begin, 0]), (batch, heads, _BLOCK, width))
+        scores = widen(ops.matmul(query, keys))
+        if score_cap is not None:
+            scores = score_cap * ops.tanh(scores / score_cap)
+        bias = causal_bias(index - begin, _BLOCK, sliding_window)
+        bias = ops.where(ops.arange(_BLOCK, dtype="int32") < first - begin, MASKED, bias)
+        scores = scores + ops.cast(bias, scores.dtype)[:, None, None]
+        new_highest = ops.maximum(highest, ops.max(scores, axis=-1, keepdims=True))
+        weights, faded = ops.exp(scores - new_highest), ops.exp(highest - new_highest)
+        products = widen(ops.matmul(ops.cast(weights, query.dtype), values))
+        total = total * faded + ops.sum(weights, axis=-1, keepdims=True)
+        return new_highest, total, mixed * faded + products
+
+    zeros = ops.zeros_like(widen(query))
+    start = (zeros[..., :1] + 2 * MASKED, zeros[..., :1], zeros)
+    begin = 0
+    if sliding_window is not None:
+        begin = ops.maximum(ops.min(index) - sliding_window + 1, 0) // _BLOCK
+    end = ops.max(index) // _BLOCK + 1
+    _, total, mixed = ops.fori_loop(begin, end, add_block, start)
+    return ops.cast(mixed / total, query.dtype)
 
 
 def causal_bias(query_index, key_length, sliding_window=None):
@@ -127,7 +177,7 @@ def _write_cache(cache, keys, values, index):
     """Writes keys and transposed values into the cache from column `index` on.
 
     Returns:
-        The cache; its keys; its transposed values.
+        The cache; its keys and its transposed values, of as many first rows as are written.
     """
     new = (ops.cast(keys, cache[0].dtype), ops.cast(values, cache[1].dtype))
     axes, in_xla = (2, 3), is_traced_for_xla()
@@ -136,8 +186,8 @@ def _write_cache(cache, keys, values, index):
     if in_xla and not isinstance(index, int) and len(index.shape) == 1:
         # XLA writes single tokens in place. Elsewhere that copies the cache, and `_write` is quicker.
         cache = _write_rows(cache, new, index)
-    else:
-        cache = tuple(_write(*pair, index, axis) for *pair, axis in zip(cache, new, axes, strict=True))
+        return cache, *swap_cache_layout(tuple(part[: ops.shape(index)[0]] for part in cache))
+    cache = tuple(_write(*pair, index, axis) for *pair, axis in zip(cache, new, axes, strict=True))
     return cache, *(swap_cache_layout(cache) if in_xla else cache)
 
 
@@ -516,7 +566,8 @@ class MultiHeadAttention(keras.layers.Layer):
                 places of the tokens, from `cache_index` on.
             cache: Keys and values as `make_cache` or `memory_cache` gave them. With `cache_index` the
                 keys and values of `x` are written into it first; without, it is only read, which is
-                cross-attention over memory projected before.
+                cross-attention over memory projected before. Where XLA decodes, one with more rows than
+                `x` keeps those behind as they are.
             cache_index: The column of the first token of `x`, which is also that token's place in the
                 causal rule: a Python int, an integer tensor `[]`, or integers `[batch]`, one per row.
                 All tokens must lie inside the cache, which only an int lets us check.
@@ -565,24 +616,34 @@ class MultiHeadAttention(keras.layers.Layer):
         query = ops.transpose(query, (0, 2, 3, 1, 4))  # b k g q h
         query = ops.reshape(query, (-1, self.num_kv_heads, group * length, self.head_dim))
 
-        key_length = ops.shape(keys)[2]
-        bias = self._bias(offsets, length, key_length, attention_mask, position_bias, group)
-        mixed = forget_inside(
-            lambda *inputs: dot_product_attention(
-                *inputs,
-                dropout=lambda weights: self.weight_dropout(weights, training=training),
-                score_cap=self.score_cap,
-            )[0],
-            query,
-            keys,
-            values,
-            *([] if bias is None else [bias]),
-        )
+        if attention_mask is None and position_bias is None and self._decodes_in_blocks(cache, offsets):
+            mixed = _attend_in_blocks(query, cache, cache_index, self.sliding_window, self.score_cap)
+        else:
+            key_length = ops.shape(keys)[2]
+            bias = self._bias(offsets, length, key_length, attention_mask, position_bias, group)
+            mixed = forget_inside(
+                lambda *inputs: dot_product_attention(
+                    *inputs,
+                    dropout=lambda weights: self.weight_dropout(weights, training=training),
+                    score_cap=self.score_cap,
+                )[0],
+                query,
+                keys,
+                values,
+                *([] if bias is None else [bias]),
+            )
         mixed = ops.reshape(mixed, (-1, self.num_heads, length, self.head_dim))
         mixed = ops.transpose(mixed, (0, 2, 1, 3))
         mixed = self.output_dense(ops.reshape(mixed, (-1, self.num_heads * self.head_dim)))
         output = self.output_dropout(ops.reshape(mixed, (-1, length, self.dim)), training=training)
         return output if cache_index is None else (output, cache)
+
+    def _decodes_in_blocks(self, cache, offsets) -> bool:
+        """Whether single tokens, each at a place of its own, look at a cache that XLA knows to be long."""
+        if not (self.causal and cache is not None and is_traced_for_xla()):
+            return False
+        length = cache[0].shape[3]
+        return len(offsets.shape) == 2 and offsets.shape[1] == 1 and length is not None and length > _BLOCK
 
     def _bias(self, query_index, length, key_length, attention_mask, position_bias, group):
         """The sum of all that is added to the scores, laid out as the stacked scores are."""

@@ -1,9 +1,9 @@
 """Continuous batching: one thread owns the model, and rows join and leave its batch between steps.
 
 Prompts are read in parts, between two steps one for each prompt that has a slot: the rows that run wait for
-no more than that, and prompts that come together make their tokens together. What a slot has read stays there
-until the slot is needed for something else: a prompt that begins alike goes on from there, in that slot or,
-once it is copied, in another.
+no more than that, and prompts that come together make their tokens together. What a slot has read stays
+there until the slot is needed for something else: a prompt that begins alike goes on from there, in that
+slot or, once it is copied, in another.
 """
 
 import collections

@@ -374,6 +374,24 @@ class TestCache:
                 assert_close(outputs, right[:, step : step + 1])
         assert cache_length(swap_cache_layout(cache)) == self.LENGTH
 
+    @pytest.mark.parametrize("arguments", [{}, {"sliding_window": 5}, {"score_cap": 0.5}])
+    def test_long_caches_in_blocks(self, arguments, monkeypatch):
+        """Rows at places of their own, a cache that is no multiple of the block, and a row behind."""
+        monkeypatch.setattr("kerasllm.layers.attention._BLOCK", 8)
+        layer = build(causal=True, rotary_wavelength=50.0, **arguments)
+        x = normal(3, 22, 12, seed=3)
+        right = expected(layer, x)
+        _, cache = layer(x, cache=layer.make_cache(3, 22), cache_index=0)
+        cache = swap_cache_layout(cache)
+        for places in ([0, 21], [7, 8], [15, 13], [21, 14], [3, 3]):
+            tokens = np.stack([x[row, place] for row, place in enumerate(places)])[:, None]
+            with traced_for_xla():
+                outputs, after = layer(tokens, cache=cache, cache_index=np.array(places))
+            wanted = np.stack([right[row, place] for row, place in enumerate(places)])[:, None]
+            assert_close(outputs, wanted)
+            for new, old in zip(after, cache, strict=True):
+                np.testing.assert_array_equal(to_numpy(new)[2], to_numpy(old)[2])
+
     @pytest.mark.parametrize("form", ["int", "scalar"])
     def test_several_tokens_in_the_middle(self, form):
         layer = build(causal=True, rotary_wavelength=50.0)

@@ -66,7 +66,10 @@ def test_chat_templates(tmp_path):
     # One without a template takes the file away.
     Tokenizer.from_json(reference.to_str()).save(saved)
     assert Tokenizer.from_folder(saved).chat_template is None
-    several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools {{ tools }}"}]
+    several = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "tools {{ tools }}"},
+    ]
     Tokenizer.from_json(reference.to_str(), settings={"chat_template": several}).save(saved)
     loaded = Tokenizer.from_folder(saved)
     assert loaded.chat_template == "plain" and loaded.render_chat([], tools=[{}]) == "tools [{}]"
