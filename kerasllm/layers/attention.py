@@ -98,10 +98,8 @@ def _attend_in_blocks(query, cache, index, sliding_window, score_cap):
 
     zeros = ops.zeros_like(widen(query))
     start = (zeros[..., :1] + 2 * MASKED, zeros[..., :1], zeros)
-    begin = 0
-    if sliding_window is not None:
-        begin = ops.maximum(ops.min(index) - sliding_window + 1, 0) // _BLOCK
-    end = ops.max(index) // _BLOCK + 1
+    oldest = 0 if sliding_window is None else ops.maximum(ops.min(index) - sliding_window + 1, 0)
+    begin, end = oldest // _BLOCK, ops.max(index) // _BLOCK + 1
     _, total, mixed = ops.fori_loop(begin, end, add_block, start)
     return ops.cast(mixed / total, query.dtype)
 
