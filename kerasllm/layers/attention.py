@@ -46,9 +46,7 @@ def dot_product_attention(query, keys, values, bias=None, dropout=None, score_ca
     Returns:
         Floats `[..., queries, head_dim]` and the weights `[..., queries, keys]` before dropout.
     """
-    scores = widen(ops.matmul(query, ops.swapaxes(keys, -1, -2)))
-    if score_cap is not None:
-        scores = score_cap * ops.tanh(scores / score_cap)
+    scores = _score(query, ops.swapaxes(keys, -1, -2), score_cap)
     if bias is not None:
         scores = scores + ops.cast(bias, scores.dtype)
     # The softmax over a single key is 1, and Keras warns of it.
@@ -56,6 +54,14 @@ def dot_product_attention(query, keys, values, bias=None, dropout=None, score_ca
     weights = ops.cast(weights, query.dtype)
     dropped = weights if dropout is None else dropout(weights)
     return ops.matmul(dropped, ops.swapaxes(values, -1, -2)), weights
+
+
+def _score(query, keys, score_cap):
+    """The products of queries and transposed keys `[..., head_dim, keys]`, bounded if they shall be."""
+    scores = widen(ops.matmul(query, keys))
+    if score_cap is not None:
+        scores = score_cap * ops.tanh(scores / score_cap)
+    return scores
 
 
 def _attend_in_blocks(query, cache, index, sliding_window, score_cap):
@@ -84,9 +90,7 @@ def _attend_in_blocks(query, cache, index, sliding_window, score_cap):
         begin = ops.minimum(first, length - _BLOCK)  # the last block begins in the one before
         keys = ops.slice(cache[0], ops.stack([0, 0, 0, begin]), (batch, heads, width, _BLOCK))
         values = ops.slice(cache[1], ops.stack([0, 0, begin, 0]), (batch, heads, _BLOCK, width))
-        scores = widen(ops.matmul(query, keys))
-        if score_cap is not None:
-            scores = score_cap * ops.tanh(scores / score_cap)
+        scores = _score(query, keys, score_cap)
         bias = causal_bias(index - begin, _BLOCK, sliding_window)
         bias = ops.where(ops.arange(_BLOCK, dtype="int32") < first - begin, MASKED, bias)
         scores = scores + ops.cast(bias, scores.dtype)[:, None, None]
