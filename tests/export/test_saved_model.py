@@ -429,4 +429,4 @@ def test_what_xla_compiles(random_served, compiled_loaded):
     generate = compiled_loaded.signatures["generate"]
     assert len(compiled(generate.graph.as_graph_def())) == 1
     step = compiled_loaded.slots.step.concrete_functions[0]
-    assert len(compiled(step.graph.as_graph_def())) == 4  # for one row, for four, for eight, and for all nine
+    assert len(compiled(step.graph.as_graph_def())) == 4  # one row, four, eight and all nine
