@@ -155,15 +155,12 @@ def test_sentencepiece_section(kind, settings, stories, tmp_path):
         vocabulary_size=tokenizer.vocabulary_size, context_length=64, num_layers=1, num_heads=4, dim=32
     )
     live = CausalLM(randomize(GPT2(config)), tokenizer, GenerationConfig(max_new_tokens=8))
-    path = live.export(
-        tmp_path / "m.litertlm",
-        sentencepiece_model=tmp_path / "tokenizer" / "tokenizer.model",
-        prefill_lengths=(16,),
-        cache_length=46,
-        quantize=None,
-    )
-    content = path.read_bytes()
-    assert (tmp_path / "tokenizer" / "tokenizer.model").read_bytes() in content
+    live.save_pretrained(tmp_path / "checkpoint")
+    path, model = tmp_path / "m.litertlm", tmp_path / "tokenizer" / "tokenizer.model"
+    sizes = ["--prefill-lengths", "16", "--cache-length", "46", "--quantize", "none"]
+    command = ["export", str(tmp_path / "checkpoint"), str(path), "--sentencepiece-model", str(model)]
+    assert cli.main([*command, *sizes]) == 0
+    assert model.read_bytes() in path.read_bytes()
     with _engine(path, 2) as engine:
         for text in (PROMPT, "Once", "two  spaces ", "é 日本 naïve", "Hi<a>there", *stories[-20:]):
             assert engine.tokenize(text) == tokenizer.encode(text, parse_special=True)
