@@ -180,6 +180,13 @@ MUTANTS = [
         "in_blocks",
     ),
     Mutant(
+        "blocks from the oldest row's place on, not from its window's",
+        "layers/attention.py",
+        (("ops.min(index) - sliding_window + 1", "ops.min(index)"),),
+        ATTENTION,
+        "in_blocks",
+    ),
+    Mutant(
         "columns counted twice where the last block begins in the one before",
         "layers/attention.py",
         (("< first - begin, MASKED", "< 0, MASKED"),),

@@ -525,17 +525,16 @@ class SlotDecoder(tf.Module):
         """
         whole = [None if part.dtype == tf.string else part.read_value() for part in self.memory]
         memory = self._packed([None if part is None else part[:size] for part in whole])
-        # The cache is used where it lies; a copy of some of its rows would take longer than a step.
+        # The cache is used where it lies; to take some rows out and put them back would take half a step.
         state = memory.state._replace(cache=self._packed(whole).state.cache)
         memory = memory._replace(state=state)
         settings = memory.settings._replace(allowed=allowed[:size])
         with traced_for_xla() if self._jit_compile else contextlib.nullcontext():
             made = decode(self._plain[0].model, state._replace(texts=()), settings, memory.uniform, steps)
         new = memory._replace(state=made._replace(texts=state.texts)).flat()
-        in_cache = {id(part) for part in tf.nest.flatten(self._packed(self.memory).state.cache)}
         for variable, value, old, all_rows in zip(self.memory, new, memory.flat(), whole, strict=True):
             if value is not old:
-                is_whole = size == self._plain[1] or id(variable) in in_cache
+                is_whole = size == self._plain[1] or old is all_rows  # the cache
                 start = [0] * len(value.shape)
                 variable.assign(value if is_whole else ops.slice_update(all_rows, start, value))
         return tf.reduce_sum(made.lengths - state.lengths)

@@ -65,7 +65,7 @@ def _score(query, keys, score_cap):
 
 
 def _attend_in_blocks(query, cache, index, sliding_window, score_cap):
-    """Lets one query of each row look at a cache, of which no more is read than the rows have filled.
+    """Lets one query of each row look at a cache, of which no more is read than the longest row has filled.
 
     XLA knows fixed shapes only, and a product with the whole cache reads all of it for each token. The
     softmax is put together from those of the blocks; Milakov and Gimelshein: "Online normalizer calculation
@@ -96,7 +96,7 @@ def _attend_in_blocks(query, cache, index, sliding_window, score_cap):
         scores = scores + ops.cast(bias, scores.dtype)[:, None, None]
         new_highest = ops.maximum(highest, ops.max(scores, axis=-1, keepdims=True))
         weights, faded = ops.exp(scores - new_highest), ops.exp(highest - new_highest)
-        products = widen(ops.matmul(ops.cast(weights, query.dtype), values))
+        products = ops.matmul(weights, widen(values))  # sums of them are too large for float16
         total = total * faded + ops.sum(weights, axis=-1, keepdims=True)
         return new_highest, total, mixed * faded + products
 
@@ -568,8 +568,8 @@ class MultiHeadAttention(keras.layers.Layer):
                 places of the tokens, from `cache_index` on.
             cache: Keys and values as `make_cache` or `memory_cache` gave them. With `cache_index` the
                 keys and values of `x` are written into it first; without, it is only read, which is
-                cross-attention over memory projected before. Where XLA decodes, one with more rows than
-                `x` keeps those behind as they are.
+                cross-attention over memory projected before. Where XLA decodes with a `cache_index` for
+                each row, one with more rows than `x` keeps those behind as they are.
             cache_index: The column of the first token of `x`, which is also that token's place in the
                 causal rule: a Python int, an integer tensor `[]`, or integers `[batch]`, one per row.
                 All tokens must lie inside the cache, which only an int lets us check.

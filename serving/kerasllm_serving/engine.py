@@ -1,9 +1,9 @@
 """Continuous batching: one thread owns the model, and rows join and leave its batch between steps.
 
-Prompts are read in parts, between two steps one for each prompt that has a slot: the rows that run wait for
-no more than that, and prompts that come together make their tokens together. What a slot has read stays
-there until the slot is needed for something else: a prompt that begins alike goes on from there, in that
-slot or, once it is copied, in another.
+Prompts are read in parts, and between two steps as many parts as there are prompts with a slot: the rows
+that run wait for no more than that, and prompts that come together make their tokens together. What a slot
+has read stays there until the slot is needed for something else: a prompt that begins alike goes on from
+there, in that slot or, once it is copied, in another.
 """
 
 import collections
@@ -192,8 +192,8 @@ class Engine:
         model: The model; no other thread may use its slots.
         max_queue: Most rows that wait.
         steps: Most tokens that a row makes before others may join or leave.
-        prefill_chunk: Most tokens that are read, for each prompt that has a slot or can have one, before
-            the rows that run make their next.
+        prefill_chunk: Tokens of a part of a prompt. Before the rows that run make their next token, as many
+            parts are read as there are prompts that have a slot or can have one, of whichever come first.
         has_prefix_cache: Whether a prompt goes on from what a slot has read of it.
         metrics: Where the numbers go.
         labels: Pairs of a label's name and its value for all of them.
@@ -367,14 +367,15 @@ class Engine:
                 )
 
     def _read_prompts(self) -> None:
-        """Reads a part's worth of tokens for each prompt that can be read, one prompt after the other.
+        """Reads as many parts as there are prompts that can be read, one prompt after the other.
 
-        A step takes almost as long for few rows as for many, so those that can go together should.
+        A step for many rows takes far less than a step for each, so those that can go together should.
         """
         half_read = sum(not row.has_begun for row in self._running.values())
         free = self.model.slots - len(self._running)
         left = self._prefill_chunk * (half_read + min(free, len(self._waiting)))
-        while left:
+        while left and not self._must_end:
+            self._end_late_jobs()  # Many prompts take long.
             # At most one prompt is half read, so that the next may begin like it.
             slot = next((slot for slot, row in self._running.items() if not row.has_begun), None)
             if slot is None:
@@ -382,6 +383,8 @@ class Engine:
             if slot is None:
                 return
             row = self._running[slot]
+            if row.job.is_over:
+                return  # The next turn frees the slot.
             begin, prompt = row.read_tokens, row.request.token_ids
             end = min(begin + left, len(prompt))
             try:

@@ -383,10 +383,15 @@ class TestCache:
         right = expected(layer, x)
         _, cache = layer(x, cache=layer.make_cache(3, 22), cache_index=0)
         cache = swap_cache_layout(cache)
-        for places in ([0, 21], [7, 8], [15, 13], [21, 14], [3, 3]):
-            tokens = np.stack([x[row, place] for row, place in enumerate(places)])[:, None]
+
+        @tf.function(jit_compile=True, autograph=False)
+        def decode(tokens, cache, places):
             with traced_for_xla():
-                outputs, after = layer(tokens, cache=cache, cache_index=np.array(places))
+                return layer(tokens, cache=cache, cache_index=places)
+
+        for places in ([0, 21], [7, 8], [15, 13], [21, 14], [3, 3], [11, 12]):
+            tokens = np.stack([x[row, place] for row, place in enumerate(places)])[:, None]
+            outputs, after = decode(tf.constant(tokens), cache, tf.constant(places))
             wanted = np.stack([right[row, place] for row, place in enumerate(places)])[:, None]
             assert_close(outputs, wanted)
             for new, old in zip(after, cache, strict=True):

@@ -248,7 +248,7 @@ def test_a_long_prompt_is_read_between_steps(make_engine):
         job.rest()
     reads = [entry for entry in model.log if entry[0] == "read" and len(entry[3]) == 8]
     assert reads[:3] == [("read", 1, start, prompts[0][start : start + 8]) for start in (0, 8, 16)]
-    # Between two steps never more than a part of a prompt, or of several.
+    # One slot is free, so between two steps never more than a part of a prompt, or of several.
     read_tokens = 0
     for entry in model.log[model.log.index(("read", 1, 0, prompts[0][:8])) :]:
         if entry[0] == "step":
@@ -271,7 +271,7 @@ def test_a_long_prompt_is_read_between_steps(make_engine):
 
 
 def test_prompts_that_come_together_are_read_together(make_engine):
-    """Not one after each step: a step for few rows takes as long as for many."""
+    """Not one after each step."""
 
     class Wide(Tally):
         slots = 5
@@ -287,6 +287,30 @@ def test_prompts_that_come_together_are_read_together(make_engine):
         *(("insert", slot, 10 * slot, 0) for slot in range(1, 5)),
         ("step",),
     ]  # the fifth has no slot yet
+    # What is cancelled or late while others are read is not read.
+    read, may_go_on = threading.Event(), threading.Event()
+    insert = model.insert
+
+    def wait(*arguments):
+        read.set()
+        assert may_go_on.wait(SECONDS)
+        return insert(*arguments)
+
+    running = Collected(engine, RowRequest(token_ids=[1], max_new_tokens=40))
+    running.pieces.get(timeout=SECONDS)
+    model.insert = wait
+    model.may_step.clear()  # so that all are there when the next are read
+    rows = [RowRequest(token_ids=[n] * 4, max_new_tokens=3) for n in (51, 52, 53, 54)]
+    deadline = time.monotonic() + 0.2
+    jobs = [Collected(engine, row, deadline=deadline if row is rows[1] else None) for row in rows]
+    model.may_step.set()
+    assert read.wait(SECONDS)
+    jobs[2].job.cancel()
+    time.sleep(0.2)
+    may_go_on.set()
+    jobs[3].rest()
+    assert [entry[2] for entry in model.log if entry[0] == "insert" and entry[2] > 50] == [51, 54]
+    assert jobs[1].pieces.get(timeout=SECONDS).code is grpc.StatusCode.DEADLINE_EXCEEDED
     # One that is longer is read in as many parts as before, when it is alone.
     Collected(engine, RowRequest(token_ids=list(range(2, 12)), max_new_tokens=3)).rest()
     reads = [entry[2:] for entry in model.log if entry[0] == "read"]
