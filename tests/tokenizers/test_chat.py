@@ -403,13 +403,14 @@ def test_equal_to_transformers(tokenizer, template):
         chat_template=source,
     )
     chats = [*CHATS.values(), [{"role": "user", "content": "q", "reasoning": "r"}]]
+    tools = {"tools": TOOLS} if "tools" in source else {}  # which transformers drops without a word
     compared = 0
     for messages in json.loads(json.dumps(chats)):
         for options in (
             {},
             {"add_generation_prompt": True},
             {"continue_final_message": True},
-            {"tools": TOOLS, "custom": "é"},
+            {"custom": "é", **tools},
         ):
             arguments = {"chat_template": source, **options}
             try:
