@@ -375,7 +375,6 @@ class Engine:
         free = self.model.slots - len(self._running)
         left = self._prefill_chunk * (half_read + min(free, len(self._waiting)))
         while left and not self._must_end:
-            self._end_late_jobs()  # Many prompts take long.
             # At most one prompt is half read, so that the next may begin like it.
             slot = next((slot for slot, row in self._running.items() if not row.has_begun), None)
             if slot is None:
@@ -404,6 +403,7 @@ class Engine:
             if end == len(prompt):
                 row.has_begun = True
                 self._look(report)
+            self._end_late_jobs()  # Many prompts take long.
 
     def _next_row(self) -> int | None:
         """Gives a slot to the row that waits longest; returns it, None if there is no row or no slot."""

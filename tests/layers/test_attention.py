@@ -375,9 +375,10 @@ class TestCache:
         assert cache_length(swap_cache_layout(cache)) == self.LENGTH
 
     @pytest.mark.parametrize("arguments", [{}, {"sliding_window": 5}, {"score_cap": 0.5}])
-    def test_long_caches_in_blocks(self, arguments, monkeypatch):
+    @pytest.mark.parametrize("block", [8, 256])
+    def test_caches_in_blocks_or_whole(self, block, arguments, monkeypatch):
         """Rows at places of their own, a cache that is no multiple of the block, and a row behind."""
-        monkeypatch.setattr("kerasllm.layers.attention._BLOCK", 8)
+        monkeypatch.setattr("kerasllm.layers.attention._BLOCK", block)
         layer = build(causal=True, rotary_wavelength=50.0, **arguments)
         x = normal(3, 22, 12, seed=3)
         right = expected(layer, x)

@@ -122,6 +122,10 @@ class Tally:
         }
 
 
+class Wide(Tally):
+    slots = 5
+
+
 def test_each_row_is_as_if_alone(make_engine, random_lm):
     """Random requests from several threads, read in parts; some are cancelled in the middle."""
     engine = make_engine(steps=2, prefill_chunk=3)
@@ -272,10 +276,6 @@ def test_a_long_prompt_is_read_between_steps(make_engine):
 
 def test_prompts_that_come_together_are_read_together(make_engine):
     """Not one after each step."""
-
-    class Wide(Tally):
-        slots = 5
-
     model = Wide()
     engine = make_engine(model, prefill_chunk=4)
     running = Collected(engine, RowRequest(token_ids=[1], max_new_tokens=40))
@@ -287,7 +287,15 @@ def test_prompts_that_come_together_are_read_together(make_engine):
         *(("insert", slot, 10 * slot, 0) for slot in range(1, 5)),
         ("step",),
     ]  # the fifth has no slot yet
-    # What is cancelled or late while others are read is not read.
+    # One that is longer is read in as many parts as before, when it is alone.
+    Collected(engine, RowRequest(token_ids=list(range(2, 12)), max_new_tokens=3)).rest()
+    reads = [entry[2:] for entry in model.log if entry[0] == "read"]
+    assert reads == [(start, list(range(2 + start, 6 + start))) for start in (0, 4)]
+
+
+def test_what_is_cancelled_or_late_while_others_are_read_is_not_read(make_engine):
+    model = Wide()
+    engine = make_engine(model, prefill_chunk=4)
     read, may_go_on = threading.Event(), threading.Event()
     insert = model.insert
 
@@ -311,10 +319,6 @@ def test_prompts_that_come_together_are_read_together(make_engine):
     jobs[3].rest()
     assert [entry[2] for entry in model.log if entry[0] == "insert" and entry[2] > 50] == [51, 54]
     assert jobs[1].pieces.get(timeout=SECONDS).code is grpc.StatusCode.DEADLINE_EXCEEDED
-    # One that is longer is read in as many parts as before, when it is alone.
-    Collected(engine, RowRequest(token_ids=list(range(2, 12)), max_new_tokens=3)).rest()
-    reads = [entry[2:] for entry in model.log if entry[0] == "read"]
-    assert reads == [(start, list(range(2 + start, 6 + start))) for start in (0, 4)]
 
 
 def test_a_prompt_goes_on_from_what_was_read(make_engine, slots, random_lm, monkeypatch):
