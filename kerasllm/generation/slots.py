@@ -9,7 +9,7 @@ from keras import ops
 
 from kerasllm.generation.checks import after, rule
 from kerasllm.generation.compiled import look_back
-from kerasllm.generation.decoding import DecodeState, append_token, decode, first_state, pad_to
+from kerasllm.generation.decoding import DecodeState, decode, first_state, pad_to
 from kerasllm.generation.generate import KNOBS, TextGenerator
 from kerasllm.generation.processors import RowSettings
 from kerasllm.generation.sampling import uniform_numbers
@@ -28,15 +28,13 @@ MOST_ALTERNATIVES = 20
 # XLA compiles a step for each of these numbers of rows. Of SmolLM2, 2 and 4 rows take 1.8 times as long as
 # one, 8 take 2.1 times and 16 take 2.8 times.
 _STEP_ROWS = (1, 4, 8, 16, 32, 64)
-# What `insert` takes beside `KNOBS`. No end of the text comes before `min_new_tokens`; `allowed` is empty,
-# or says which tokens may come first, as in `RowSettings`.
+# What `insert` takes beside `KNOBS`. No end of the text comes before `min_new_tokens`.
 FURTHER = (
     tf.TensorSpec([None], tf.float32, name="presence_penalty"),
     tf.TensorSpec([None], tf.float32, name="frequency_penalty"),
     tf.TensorSpec([None], tf.int32, name="min_new_tokens"),
     tf.TensorSpec([None, None], tf.int32, name="bias_ids"),
     tf.TensorSpec([None, None], tf.float32, name="bias_values"),
-    tf.TensorSpec([None, None], tf.int32, name="allowed"),
 )
 
 
@@ -56,14 +54,14 @@ class _Memory(NamedTuple):
 class SlotDecoder(tf.Module):
     """Rows of a batch that are filled, stepped and freed one by one.
 
-    `reset` comes first and makes the memory, which no file holds. `insert` reads a prompt and makes its
-    first token. `read` reads a part of one before, and `copy` takes one over from another slot: so a long
-    prompt need not be read at once, and a known one not again. `reset`, `insert`, `step` and `free` return
-    the same report of all slots: `active`: booleans `[slots]`; `num_tokens`: int32 `[slots]`, new tokens so
-    far; `token_ids`: int32 `[slots, longest]`, these, filled up with -1; `logprobs`: float32
-    `[slots, longest]`, theirs under the model itself, filled up with 0; `finish_reason`: strings `[slots]`,
-    empty while a slot is active or free; `text`: strings `[slots]`, of an active slot what is final, which
-    a stop string may yet end before.
+    `reset` comes first and makes the memory, which no file holds. `read` reads prompts, or parts of them,
+    all but their last tokens, and `copy` takes one over from another slot. `insert` begins a row whose
+    prompt has been read so, and `step` makes its tokens, beside those of the others. `reset`, `insert`,
+    `step` and `free` return the same report of all slots: `active`: booleans `[slots]`; `num_tokens`:
+    int32 `[slots]`, new tokens so far; `token_ids`: int32 `[slots, longest]`, these, filled up with -1;
+    `logprobs`: float32 `[slots, longest]`, theirs under the model itself, filled up with 0;
+    `finish_reason`: strings `[slots]`, empty while a slot is active or free; `text`: strings `[slots]`, of
+    an active slot what is final, which a stop string may yet end before.
 
     `step` takes besides which tokens may come next in some of the slots: `masked` int32 `[any]`, the slots,
     and `allowed` int32 `[any, vocabulary / 32]`, as in `RowSettings`; in the others each token may come.
@@ -109,11 +107,14 @@ class SlotDecoder(tf.Module):
         knobs = [tf.TensorSpec(knob.shape[1:], knob.dtype, name=knob.name) for knob in KNOBS + FURTHER]
         self.reset = tf.function(self._reset, input_signature=[], autograph=False)
         ids = tf.TensorSpec([None], tf.int32, name="token_ids")
-        start = tf.TensorSpec([], tf.int32, name="start")
-        self.insert = tf.function(
-            self._insert, input_signature=[scalar, ids, start, *knobs], autograph=False
-        )
-        self.read = tf.function(self._read_part, input_signature=[scalar, ids, start], autograph=False)
+        self.insert = tf.function(self._insert, input_signature=[scalar, ids, *knobs], autograph=False)
+        parts = [
+            tf.TensorSpec([None], tf.int32, name="slots"),
+            tf.TensorSpec([None, None], tf.int32, name="token_ids"),
+            tf.TensorSpec([None], tf.int32, name="counts"),
+            tf.TensorSpec([], tf.int32, name="start"),
+        ]
+        self.read = tf.function(self._read_parts, input_signature=parts, autograph=False)
         source, count = (tf.TensorSpec([], tf.int32, name=name) for name in ("source", "count"))
         self.copy = tf.function(self._copy, input_signature=[source, scalar, count], autograph=False)
         steps = tf.TensorSpec([], tf.int32, name="steps")
@@ -138,13 +139,12 @@ class SlotDecoder(tf.Module):
 
     # The memory is a flat list of variables.
 
-    def _begin(self, token_ids: tf.Tensor, logits: tf.Tensor, *values: tf.Tensor) -> _Memory:
-        """A row after its first token, without its cache, from the prompt and the scores behind it."""
+    def _begin(self, token_ids: tf.Tensor, *values: tf.Tensor) -> _Memory:
+        """A row before its first token, without its cache, from the prompt and its settings."""
         generator, _, length = self._plain
         knobs = {spec.name: value[None] for spec, value in zip(KNOBS + FURTHER, values, strict=True)}
         stops = read_stop_strings(knobs.pop("stop"))
         bias = self._bias(knobs.pop("bias_ids"), knobs.pop("bias_values"))
-        allowed = self._first_allowed(knobs.pop("allowed"))
         least = knobs.pop("min_new_tokens")
         lengths = tf.shape(token_ids)  # one row
         rules = [
@@ -163,8 +163,6 @@ class SlotDecoder(tf.Module):
         watch = StopWatch(generator.tokenizer.decoder, stops, always=True)
         state = first_state(token_ids[None], lengths, tf.constant(length), (), self._most_alternatives())
         state = state._replace(texts=watch.start(before))
-        first = settings._replace(allowed=allowed)
-        state = watch.look(append_token(state, logits, first, uniform), lengths)
         padded = pad_to(stops.bytes, tf.constant(LONGEST_STOP_STRING), axis=2)
         most = tf.constant(MOST_STOP_STRINGS)
         stops = StopStrings(pad_to(padded, most, axis=1), pad_to(stops.lengths, most, axis=1))
@@ -198,14 +196,6 @@ class SlotDecoder(tf.Module):
         ids, values = after(rules, (ids, values))
         return tf.scatter_nd(ids[0][:, None], values[0], [vocabulary])[None]
 
-    def _first_allowed(self, allowed: tf.Tensor) -> tf.Tensor:
-        """Which tokens one row may begin with, `[1, vocabulary / 32]`; where nothing is said, each."""
-        words = self._mask_words()
-        size = tf.shape(allowed)[1]
-        message = f"`allowed` must be empty or {words} numbers. Received: {{}}."
-        allowed = after([rule((size == 0) | (size == words), message, size)], allowed)
-        return tf.pad(allowed, [[0, 0], [0, words - size]], constant_values=-1)
-
     def _mask_words(self) -> int:
         return -(-self._plain[0].model.config.vocabulary_size // 32)
 
@@ -214,8 +204,7 @@ class SlotDecoder(tf.Module):
         knobs = [tf.TensorSpec(knob.shape[1:], knob.dtype) for knob in KNOBS + FURTHER]
         begin = tf.function(self._begin, autograph=False)
         generator, slots, length = self._plain
-        logits = tf.TensorSpec([1, generator.model.config.vocabulary_size])
-        traced = begin.get_concrete_function(tf.TensorSpec([None], tf.int32), logits, *knobs)
+        traced = begin.get_concrete_function(tf.TensorSpec([None], tf.int32), *knobs)
         begun = traced.structured_outputs
         state, _, stops, uniform = begun
         shapes = {
@@ -276,7 +265,6 @@ class SlotDecoder(tf.Module):
         self,
         slot: tf.Tensor,
         token_ids: tf.Tensor,
-        start: tf.Tensor,
         max_new_tokens: tf.Tensor,
         temperature: tf.Tensor,
         top_k: tf.Tensor,
@@ -290,17 +278,18 @@ class SlotDecoder(tf.Module):
         min_new_tokens: tf.Tensor,
         bias_ids: tf.Tensor,
         bias_values: tf.Tensor,
-        allowed: tf.Tensor,
     ) -> dict[str, tf.Tensor]:
-        """Reads the rest of a prompt into a slot that is free or has ended, and makes its first token.
+        """Begins a row in a slot that is free or has ended.
 
-        The slot holds the first `start` tokens already, as `read`, `copy` or an earlier row left them.
+        The slot holds the prompt's tokens but the last already, as `read`, `copy` or an earlier row left
+        them; a step reads the last one.
         """
         length = self._plain[2]
         token_ids = tf.ensure_shape(token_ids, [None])
         count, most = tf.size(token_ids), max_new_tokens
         rules = [
-            *self._check_part(slot, token_ids[:1], start),
+            self._check_free(after([self._check_slot(slot)], slot)),
+            rule(count >= 1, "A prompt must hold at least one token. Received: an empty prompt."),
             rule(
                 (most <= length) & (count <= length - most),
                 f"Prompt and `max_new_tokens` together must fit into a slot of {length} tokens. "
@@ -308,44 +297,73 @@ class SlotDecoder(tf.Module):
                 count,
                 most,
             ),
-            rule(
-                start < count,
-                "`start` must be less than the prompt has tokens. Received: {} of {}.",
-                start,
-                count,
-            ),
             self._check_ids(token_ids),
         ]
-        slot, token_ids, start = after(rules, (slot, token_ids, start))
-        logits, written = self._read_tokens(slot, token_ids[start:], start)
+        slot, token_ids = after(rules, (slot, token_ids))
         drawing = (temperature, top_k, top_p, min_p, repetition_penalty)
-        further = (presence_penalty, frequency_penalty, min_new_tokens, bias_ids, bias_values, allowed)
-        row = self._begin(token_ids, logits, max_new_tokens, *drawing, seed, stop, *further)
+        further = (presence_penalty, frequency_penalty, min_new_tokens, bias_ids, bias_values)
+        row = self._begin(token_ids, max_new_tokens, *drawing, seed, stop, *further)
         kept = self._packed(self.memory)
         kept = kept._replace(state=kept.state._replace(cache=()))
-        for variable, value in zip(kept.flat(), row.flat(), strict=True):
-            written.append(variable.scatter_update(tf.IndexedSlices(value, slot[None])))
+        written = [
+            variable.scatter_update(tf.IndexedSlices(value, slot[None]))
+            for variable, value in zip(kept.flat(), row.flat(), strict=True)
+        ]
         with tf.control_dependencies(written):
             return self._report(self._read())
 
-    def _read_part(self, slot: tf.Tensor, token_ids: tf.Tensor, start: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Reads some tokens of a prompt into a slot that is free or has ended, from place `start` on.
+    def _read_parts(
+        self, slots: tf.Tensor, token_ids: tf.Tensor, counts: tf.Tensor, start: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Reads some tokens of each of some prompts into slots that are free or have ended.
 
         Args:
-            slot: Int32 `[]`. What it holds before `start` must be the prompt's beginning.
-            token_ids: Int32 `[any]`.
-            start: Int32 `[]`.
+            slots: Int32 `[rows]`, which differ. What they hold before `start` must be the prompts'
+                beginnings.
+            token_ids: Int32 `[rows, longest]`, filled up with any token.
+            counts: Int32 `[rows]`, how many tokens of each row count.
+            start: Int32 `[]`, the place of the first tokens in their prompts.
         """
-        token_ids = tf.ensure_shape(token_ids, [None])
-        rules = [*self._check_part(slot, token_ids, start), self._check_ids(token_ids)]
-        slot, token_ids, start = after(rules, (slot, token_ids, start))
-        _, written = self._read_tokens(slot, token_ids, start)
-        end = start + tf.size(token_ids)
-        columns = tf.range(start, end)
-        places = tf.stack([tf.fill(tf.shape(columns), slot), columns], axis=1)
+        length, (rows, longest) = self._plain[2], tf.unstack(tf.shape(token_ids))
+        slots = after([self._check_slot(slots)], slots)
+        rules = [
+            self._check_free(slots),
+            rule(
+                tf.size(tf.unique(slots).y) == tf.size(slots), "`slots` must differ. Received: {}.", slots
+            ),
+            rule(
+                (tf.size(slots) == rows) & (tf.size(counts) == rows),
+                "`slots` and `counts` must be as many as there are rows. Received: {} and {}.",
+                tf.size(slots),
+                tf.size(counts),
+            ),
+            rule(
+                (counts >= 1) & (counts <= longest),
+                "`counts` must be from 1 to {}, the length of the rows. Received: {}.",
+                longest,
+                counts,
+            ),
+            rule(
+                (start >= 0) & (start <= length - longest),
+                f"Tokens must lie in a slot of {length}. Received: {{}} tokens from {{}} on.",
+                longest,
+                start,
+            ),
+            self._check_ids(token_ids),
+        ]
+        slots, token_ids, counts, start = after(rules, (slots, token_ids, counts, start))
+        written = self._read_tokens(slots, token_ids, start)
+        columns = tf.range(longest)
+        places = tf.stack(tf.meshgrid(slots, start + columns, indexing="ij"), axis=-1)
+        is_token = columns < counts[:, None]
         sequences = self._packed(self.memory).state.sequences
-        written.append(sequences.scatter_nd_update(places, token_ids))
-        with tf.control_dependencies([*written, *self._hold(slot, end)]):
+        written.append(
+            sequences.scatter_nd_update(
+                tf.boolean_mask(places, is_token), tf.boolean_mask(token_ids, is_token)
+            )
+        )
+        end = start + counts
+        with tf.control_dependencies([*written, *self._hold(slots, end)]):
             return {"num_read": tf.identity(end)}
 
     def _copy(self, source: tf.Tensor, slot: tf.Tensor, count: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -373,35 +391,29 @@ class SlotDecoder(tf.Module):
         for variable in (state.sequences, *tf.nest.flatten(state.cache)):
             row = variable.sparse_read(source[None])
             written.append(variable.scatter_update(tf.IndexedSlices(row, slot[None])))
-        with tf.control_dependencies([*written, *self._hold(slot, count)]):
+        with tf.control_dependencies([*written, *self._hold(slot[None], count[None])]):
             return {"num_read": tf.identity(count)}
 
-    def _read_tokens(
-        self, slot: tf.Tensor, token_ids: tf.Tensor, start: tf.Tensor
-    ) -> tuple[tf.Tensor, list[tf.Operation]]:
-        """Reads tokens into a slot's cache.
-
-        Returns:
-            The scores of the token behind them, `[1, vocabulary]`, and what has then been written.
-        """
+    def _read_tokens(self, slots: tf.Tensor, token_ids: tf.Tensor, start: tf.Tensor) -> list[tf.Operation]:
+        """Reads tokens `[rows, count]` into slots' caches; returns what has then been written."""
         generator, _, length = self._plain
         kept = self._packed(self.memory).state.cache
         variables = tf.nest.flatten(kept)
         axes = tf.nest.flatten(self._column_axes(kept))
-        count = tf.size(token_ids)
+        rows, count = tf.unstack(tf.shape(token_ids))
         end, is_fresh = start + count, start <= 0
 
         def columns(tensor: tf.Tensor, axis: int, begin: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-            where, sizes = [0] * 4, list(tensor.shape)
+            where, sizes = [0] * 4, [-1, *tensor.shape[1:]]
             where[axis], sizes[axis] = begin, size
             return tf.slice(tensor, where, sizes)
 
         def known() -> list[tf.Tensor]:
-            rows = [variable.sparse_read(slot[None]) for variable in variables]
-            return [columns(row, axis, 0, start) for row, axis in zip(rows, axes, strict=True)]
+            parts = [variable.sparse_read(slots) for variable in variables]
+            return [columns(part, axis, 0, start) for part, axis in zip(parts, axes, strict=True)]
 
         def nothing() -> list[tf.Tensor]:
-            shapes = [[1, *variable.shape[1:]] for variable in variables]
+            shapes = [[rows, *variable.shape[1:]] for variable in variables]
             for shape, axis in zip(shapes, axes, strict=True):
                 shape[axis] = 0
             return [tf.zeros(s, variable.dtype) for s, variable in zip(shapes, variables, strict=True)]
@@ -411,11 +423,11 @@ class SlotDecoder(tf.Module):
             tf.ensure_shape(pad_to(part, end, axis), _without_columns(part.shape, axis))
             for part, axis in zip(before, axes, strict=True)
         ]
-        logits, cache = generator.model(
-            token_ids[None],
+        _, cache = generator.model(
+            token_ids,
             cache=self._laid_out(tf.nest.pack_sequence_as(kept, before)),
             cache_index=start,
-            last_index=count[None] - 1,
+            with_head=False,
         )
         read = tf.nest.flatten(self._laid_out(cache))
 
@@ -424,39 +436,46 @@ class SlotDecoder(tf.Module):
             return tf.group(
                 *(
                     variable.scatter_update(
-                        tf.IndexedSlices(pad_to(part, tf.constant(length), axis), slot[None])
+                        tf.IndexedSlices(pad_to(part, tf.constant(length), axis), slots)
                     )
                     for variable, part, axis in zip(variables, read, axes, strict=True)
                 )
             )
 
-        def write_new() -> tf.Operation:
+        def write_new(row: tf.Tensor) -> tf.Tensor:
             updates = []
             for variable, part, axis in zip(variables, read, axes, strict=True):
                 where = [slice(None)] * 4
                 where[axis] = slice(start, end)
-                new = columns(part, axis, start, count)[0]
-                updates.append(variable[(slot, *where[1:])].assign(new))
-            return tf.group(*updates)
+                new = columns(part, axis, start, count)[row]
+                updates.append(variable[(slots[row], *where[1:])].assign(new))
+            with tf.control_dependencies(updates):
+                return row + 1
 
-        return logits[:, 0], [tf.cond(is_fresh, write_whole, write_new)]
+        def write_each() -> tf.Operation:
+            first = tf.constant(0)
+            return tf.group(
+                tf.while_loop(lambda row: row < rows, write_new, [first], parallel_iterations=1)
+            )
+
+        return [tf.cond(is_fresh, write_whole, write_each)]
 
     def _column_axes(self, cache):
         """Which axis of each part of a cache stands for the places of the text."""
         return [(3, 2) if self._jit_compile else (2, 3) for _ in cache]
 
-    def _hold(self, slot: tf.Tensor, count: tf.Tensor) -> list[tf.Operation]:
-        """Notes that a slot holds tokens though it is free.
+    def _hold(self, slots: tf.Tensor, counts: tf.Tensor) -> list[tf.Operation]:
+        """Notes that slots hold tokens though they are free.
 
-        A step computes it along: its last token once more at its own place, which changes nothing.
+        A step computes them along: their last token once more at its own place, which changes nothing.
         """
         memory = self._packed(self.memory)
         return [
-            variable.scatter_update(tf.IndexedSlices(number[None], slot[None]))
-            for variable, number in (
-                (memory.state.lengths, count),
-                (memory.state.prompt_lengths, count),
-                (memory.settings.max_new_tokens, tf.constant(0)),
+            variable.scatter_update(tf.IndexedSlices(numbers, slots))
+            for variable, numbers in (
+                (memory.state.lengths, counts),
+                (memory.state.prompt_lengths, counts),
+                (memory.settings.max_new_tokens, tf.zeros_like(counts)),
             )
         ]
 
@@ -599,31 +618,17 @@ class SlotDecoder(tf.Module):
             token_ids,
         )
 
-    def _check_part(self, slot: tf.Tensor, token_ids: tf.Tensor, start: tf.Tensor) -> list[tf.Operation]:
-        """Checks tokens that are read from a place on."""
-        length, count = self._plain[2], tf.size(token_ids)
-        slot = after([self._check_slot(slot)], slot)
-        return [
-            self._check_free(slot),
-            rule(count >= 1, "A prompt must hold at least one token. Received: an empty prompt."),
-            rule(
-                (start >= 0) & (start <= length - count),
-                f"Tokens must lie in a slot of {length}. Received: {{}} tokens from {{}} on.",
-                count,
-                start,
-            ),
-        ]
-
     def _check_ready(self) -> tf.Operation:
         return rule(
             tf.shape(self.memory[0])[0] == self._plain[1],
             "The slots must be made by `reset` before they are used.",
         )
 
-    def _check_free(self, slot: tf.Tensor) -> tf.Operation:
+    def _check_free(self, slots: tf.Tensor) -> tf.Operation:
         with tf.control_dependencies([self._check_ready()]):
             active = self._packed(self.memory).state.active.read_value()
-        return rule(~active[slot], "A slot must be free or have ended. Received: slot {}.", slot)
+        is_free = ~tf.gather(active, slots)
+        return rule(is_free, "A slot must be free or have ended. Received: slot {}.", slots)
 
     def _check_slot(self, slot: tf.Tensor) -> tf.Operation:
         last = self._plain[1] - 1

@@ -417,9 +417,8 @@ def _add_language_models(group: argparse._ArgumentGroup) -> None:
         type=_positive,
         default=128,
         metavar="N",
-        help="most tokens of prompts that are read between two turns, times the prompts that have come "
-        "together and have slots: a long prompt that comes alone keeps streams waiting no longer than so "
-        "many tokens take (default 128)",
+        help="most tokens of each prompt that are read between two turns: a long prompt keeps streams "
+        "waiting no longer than so many tokens take (default 128)",
     )
     _add_boolean(
         group,

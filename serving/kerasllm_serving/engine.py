@@ -1,9 +1,9 @@
 """Continuous batching: one thread owns the model, and rows join and leave its batch between steps.
 
-Prompts are read in parts, and between two steps as many parts as there are prompts with a slot: the rows
-that run wait for no more than that, and prompts that come together make their tokens together. What a slot
-has read stays there until the slot is needed for something else: a prompt that begins alike goes on from
-there, in that slot or, once it is copied, in another.
+Prompts are read in parts, and between two steps one part of each prompt that has a slot: the rows that run
+wait for no more than that, and prompts that come together are read together and make their tokens
+together. What a slot has read stays there until the slot is needed for something else: a prompt that begins
+alike goes on from there, in that slot or, once it is copied, in another.
 """
 
 import collections
@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import grpc
@@ -29,6 +29,10 @@ from kerasllm_serving.metrics import (
 Report = Mapping[str, np.ndarray]
 # To copy a slot takes about as long as to read so many tokens.
 _WORTH_A_COPY = 32
+# Parts of prompts are read in one call if they are about as long: to fill one up with more than so many
+# tokens takes longer than a call of its own. With more rows a call takes longer than is worth waiting for.
+_WORTH_A_CALL = 32
+_MOST_READ_TOGETHER = 8
 _logger = logging.getLogger(__name__)
 
 
@@ -105,15 +109,14 @@ class SlotModel(Protocol):
     def reset(self) -> None:
         """Makes the memory, and frees all slots."""
 
-    def read(self, slot: int, token_ids: Sequence[int], start: int) -> None:
-        """Reads tokens of a prompt into a free slot, from place `start` on."""
+    def read(self, parts: Mapping[int, Sequence[int]], start: int) -> None:
+        """Reads tokens of prompts into free slots, in each from place `start` on."""
 
     def copy(self, source: int, slot: int, count: int) -> None:
         """Takes over the first tokens of another slot into a free one."""
 
-    def insert(self, slot: int, row: RowRequest, start: int) -> Report:
-        """Reads a prompt from place `start` on into a slot and makes its first token; returns the report
-        of all slots."""
+    def insert(self, slot: int, row: RowRequest) -> None:
+        """Begins a row in a free slot that holds its prompt, but perhaps the last token."""
 
     def step(self, steps: int, masks: Mapping[int, np.ndarray]) -> Report:
         """Makes so many tokens for each active slot; returns the report of all slots.
@@ -192,8 +195,8 @@ class Engine:
         model: The model; no other thread may use its slots.
         max_queue: Most rows that wait.
         steps: Most tokens that a row makes before others may join or leave.
-        prefill_chunk: Tokens of a part of a prompt. Before the rows that run make their next token, as many
-            parts are read as there are prompts that have a slot or can have one, of whichever come first.
+        prefill_chunk: Tokens of a part of a prompt. Before the rows that run make their next token, a part
+            is read of each prompt that has a slot or can have one.
         has_prefix_cache: Whether a prompt goes on from what a slot has read of it.
         metrics: Where the numbers go.
         labels: Pairs of a label's name and its value for all of them.
@@ -338,10 +341,11 @@ class Engine:
                     self.model.free(slot)
                 del self._running[slot]
                 self._use(slot)
-        self._read_prompts()
+        has_new = self._read_prompts()
         if any(row.has_begun for row in self._running.values()):
             masks = self._masks()
-            self._look(self.model.step(1 if masks else self._steps, masks))
+            # A first token is not kept back for those behind it.
+            self._look(self.model.step(1 if masks or has_new else self._steps, masks))
 
     def _masks(self) -> dict[int, np.ndarray]:
         """Which tokens may come in the slots whose rows have constraints."""
@@ -366,53 +370,99 @@ class Engine:
                     (job, number) for job, number in self._waiting if not job.is_over
                 )
 
-    def _read_prompts(self) -> None:
-        """Reads as many parts as there are prompts that can be read, one prompt after the other.
-
-        A step for many rows takes far less than a step for each, so those that can go together should.
-        """
-        half_read = sum(not row.has_begun for row in self._running.values())
-        free = self.model.slots - len(self._running)
-        left = self._prefill_chunk * (half_read + min(free, len(self._waiting)))
-        while left and not self._must_end:
-            # At most one prompt is half read, so that the next may begin like it.
-            slot = next((slot for slot, row in self._running.items() if not row.has_begun), None)
-            if slot is None:
-                slot = self._next_row()
-            if slot is None:
-                return
-            row = self._running[slot]
-            if row.job.is_over:
-                return  # The next turn frees the slot.
-            begin, prompt = row.read_tokens, row.request.token_ids
-            end = min(begin + left, len(prompt))
+    def _read_prompts(self) -> bool:
+        """Reads a part of each prompt that can be read; returns whether rows have begun."""
+        seen: set[int] = set()
+        has_begun = False
+        while not self._must_end and (slots := self._next_to_read(seen)):
+            seen.update(slots)
+            start = self._running[slots[0]].read_tokens
+            parts = {slot: part for slot in slots if (part := self._next_part(self._running[slot]))}
             try:
-                if end < len(prompt):
-                    self.model.read(slot, prompt[begin:end], begin)
-                else:
-                    report = self.model.insert(slot, row.request, begin)
+                if parts:
+                    self.model.read(parts, start)
             except Exception as error:
-                # The prompt's own fault: the other rows go on.
-                del self._running[slot]
-                self._held[slot] = []
-                self._fail(row.job, _as_serving_error(error))
+                for slot in slots:
+                    self._give_up(slot, error)
                 continue
-            left -= end - begin
-            row.read_tokens = end
-            self._held[slot] = list(prompt[:end])
-            if end == len(prompt):
-                row.has_begun = True
-                self._look(report)
-            self._end_late_jobs()  # Many prompts take long.
+            self._end_late_jobs()  # To read takes long.
+            for slot in slots:
+                has_begun |= self._begin(slot, start + len(parts.get(slot, ())))
+        return has_begun
+
+    def _next_to_read(self, seen: Collection[int]) -> list[int]:
+        """Finds the slots of prompts that can be read in one call.
+
+        Args:
+            seen: Slots that have had their turn.
+
+        Returns:
+            The slots; none: all have had their turn.
+        """
+        found: list[int] = []
+        half_read = [slot for slot, row in self._running.items() if not row.has_begun and slot not in seen]
+        sizes: list[int] = []
+        while len(found) < _MOST_READ_TOGETHER:
+            slot = half_read.pop(0) if half_read else self._next_row()
+            if slot is None:
+                break
+            row = self._running[slot]
+            if row.job.is_over:  # The next turn frees the slot.
+                continue
+            size = len(self._next_part(row))
+            fits = not found or (
+                row.read_tokens == self._running[found[0]].read_tokens
+                and max(*sizes, size) - min(*sizes, size) <= _WORTH_A_CALL
+            )
+            if fits:
+                found.append(slot)
+                sizes.append(size)
+            elif not half_read:
+                break  # for the next call
+        return found
+
+    def _next_part(self, row: _Running) -> Sequence[int]:
+        """The tokens of a prompt that are read next, without its last, which a step reads."""
+        prompt, begin = row.request.token_ids, row.read_tokens
+        # Something is read in any case: it clears what an earlier row has left.
+        return prompt[begin : min(begin + self._prefill_chunk, max(len(prompt) - 1, 1))]
+
+    def _begin(self, slot: int, end: int) -> bool:
+        """Notes that a prompt has been read up to some place; returns whether its row has begun."""
+        row = self._running[slot]
+        prompt, row.read_tokens = row.request.token_ids, end
+        self._held[slot] = list(prompt[:end])
+        if end < len(prompt) - 1 or row.job.is_over:
+            return False
+        try:
+            self.model.insert(slot, row.request)
+        except Exception as error:
+            # The prompt's own fault: the other rows go on.
+            self._give_up(slot, error)
+            return False
+        row.has_begun = True
+        return True
+
+    def _give_up(self, slot: int, error: Exception) -> None:
+        """Ends the job of a row that has not begun."""
+        row = self._running.pop(slot)
+        self._held[slot] = []
+        self._fail(row.job, _as_serving_error(error))
 
     def _next_row(self) -> int | None:
-        """Gives a slot to the row that waits longest; returns it, None if there is no row or no slot."""
+        """Gives a slot to the row that waits longest.
+
+        Returns:
+            The slot. None: there is no row or no slot, or a prompt that begins alike is being read.
+        """
         free = [slot for slot in self._held if slot not in self._running]
         if not (free and self._waiting):
             return None
         # The first, for a step is made for as many first slots as are in use.
         slot, (job, number) = min(free), self._waiting[0]
         row = _Running(job, number, time.monotonic())
+        if self._has_prefix_cache and self._will_be_read(row.request.token_ids):
+            return None
         with self._condition:
             self._waiting.popleft()
             self._running[slot] = row
@@ -421,6 +471,12 @@ class Engine:
         self._use(slot)
         self._measure.starts(row)
         return slot
+
+    def _will_be_read(self, prompt: Sequence[int]) -> bool:
+        """Whether more of a prompt's beginning will be in a slot soon than is in any now."""
+        known = max(_count_common(tokens, prompt) for tokens in self._held.values())
+        soon = (row.request.token_ids for row in self._running.values() if not row.has_begun)
+        return any(_count_common(tokens[:-1], prompt[:-1]) > known + _WORTH_A_COPY for tokens in soon)
 
     def _take_over(self, slot: int, prompt: Sequence[int]) -> int:
         """Looks for the beginning of a prompt in all slots; returns how many tokens of it the slot has."""

@@ -135,7 +135,7 @@ class LoadedSlots:
 
     def __init__(self, servable: Servable) -> None:
         self._servable = servable
-        if not {"slots_sizes", "slots_copy"} <= servable.hidden.keys():
+        if "slots_read" not in servable.hidden or "counts" not in servable.hidden["slots_read"].inputs:
             raise StartupError(
                 "A folder with slots must be of this release. "
                 f"Received: version {servable.version}, of an older one; export it again"
@@ -158,30 +158,33 @@ class LoadedSlots:
         """Runs each function once, for the first run takes seconds."""
         self.reset()
         for slot in (rows - 1 for rows in self._step_rows):
-            self.insert(slot, RowRequest(token_ids=[0], max_new_tokens=2, min_new_tokens=2), 0)
+            self.insert(slot, RowRequest(token_ids=[0], max_new_tokens=2, min_new_tokens=2))
             self.step(1)
             self.alternatives(slot)
             self.free(slot)
-        self.read(0, [0], 0)
+        self.read({0: [0]}, 0)
         if self.slots > 1:
             self.copy(0, 1, 1)
 
-    def read(self, slot: int, token_ids: Sequence[int], start: int) -> None:
-        """Reads tokens of a prompt into a free slot, from place `start` on."""
-        self._call("read", slot=_integers(slot), token_ids=_integers(token_ids), start=_integers(start))
+    def read(self, parts: Mapping[int, Sequence[int]], start: int) -> None:
+        """Reads tokens of prompts into free slots, in each from place `start` on."""
+        counts = _integers([len(part) for part in parts.values()])
+        token_ids = np.zeros([len(parts), max(counts)], np.int32)
+        for row, part in zip(token_ids, parts.values(), strict=True):
+            row[: len(part)] = part
+        slots, start = _integers(list(parts)), _integers(start)
+        self._call("read", slots=slots, token_ids=token_ids, counts=counts, start=start)
 
     def copy(self, source: int, slot: int, count: int) -> None:
         """Takes over the first tokens of another slot into a free one."""
         self._call("copy", source=_integers(source), slot=_integers(slot), count=_integers(count))
 
-    def insert(self, slot: int, row: RowRequest, start: int) -> Report:
-        """Reads a prompt from place `start` on into a slot and makes its first token; returns the report
-        of all slots."""
-        return self._call(
+    def insert(self, slot: int, row: RowRequest) -> None:
+        """Begins a row in a free slot that holds its prompt, but perhaps the last token."""
+        self._call(
             "insert",
             slot=_integers(slot),
             token_ids=_integers(row.token_ids),
-            start=_integers(start),
             max_new_tokens=_integers(row.max_new_tokens),
             temperature=np.float32(row.temperature),
             top_k=_integers(row.top_k),
@@ -195,7 +198,6 @@ class LoadedSlots:
             min_new_tokens=_integers(row.min_new_tokens),
             bias_ids=_integers(list(row.logit_bias)),
             bias_values=np.array(list(row.logit_bias.values()), np.float32),
-            allowed=_integers(row.constraint.mask() if row.constraint else []),
         )
 
     def step(self, steps: int, masks: Mapping[int, np.ndarray] = MappingProxyType({})) -> Report:

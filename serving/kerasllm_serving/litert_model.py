@@ -213,23 +213,23 @@ class LiteRtSlots:
 
     def warm_up(self) -> None:
         """Reads and makes a token."""
-        self.insert(0, RowRequest(token_ids=[0, 0], max_new_tokens=1), 0)
+        self.read({0: [0]}, 0)
+        self.insert(0, RowRequest(token_ids=[0, 0], max_new_tokens=1))
+        self.step(1)
         self.reset()
 
-    def read(self, slot: int, token_ids: Sequence[int], start: int) -> None:
-        """Reads tokens of a prompt, from place `start` on."""
+    def read(self, parts: Mapping[int, Sequence[int]], start: int) -> None:
+        """Reads tokens of the only slot's prompt, from place `start` on."""
         self._row = None
-        self._model.prefill(token_ids, start)
+        self._model.prefill(parts[0], start)
 
     def copy(self, source: int, slot: int, count: int) -> NoReturn:
         """Refuses: there is no other slot."""
         raise unimplemented("A file for devices has one slot.")
 
-    def insert(self, slot: int, row: RowRequest, start: int) -> Report:
-        """Reads the rest of a prompt and makes its first token; returns the report."""
-        self._model.prefill(row.token_ids[start:-1], start)
+    def insert(self, slot: int, row: RowRequest) -> None:
+        """Begins a row whose prompt has been read, but perhaps its last token."""
         self._row = _Row(row, self._tokenizer)
-        return self.step(1)
 
     def step(self, steps: int, masks: Mapping[int, np.ndarray] = MappingProxyType({})) -> Report:
         """Makes so many tokens; returns the report."""

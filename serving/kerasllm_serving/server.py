@@ -91,8 +91,7 @@ class ServerOptions:
         enable_opentelemetry: Whether each request makes a span, see `Telemetry`.
         max_queue: Most rows that wait for a slot of a language model.
         steps_per_turn: Most tokens that a row makes before others may join or leave.
-        prefill_chunk_tokens: Most tokens of prompts that are read between two of these turns, times the
-            prompts that have come together and have slots.
+        prefill_chunk_tokens: Most tokens of each prompt that are read between two of these turns.
         enable_prefix_cache: Whether a prompt goes on from what a slot has read of it before.
         generation_timeout_in_ms: Milliseconds after which a generation is ended; 0 for no limit.
         drain_seconds: How long running requests may take to finish once the server is told to stop.

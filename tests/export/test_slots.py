@@ -19,7 +19,6 @@ NO_MASKS = {"masked": tf.zeros([0], tf.int32), "allowed": tf.zeros([0, 0], tf.in
 def arguments(request, **further):
     stop = tf.constant(request["stop"], tf.string)
     return {
-        "start": tf.constant(0),
         **{name: tf.constant(request[name], NUMBERS[name]) for name in SETTINGS},
         "stop": stop,
         **{
@@ -27,6 +26,19 @@ def arguments(request, **further):
             for name, spec in FURTHER_TYPES.items()
         },
     }
+
+
+def begin(slots, slot, ids, **knobs):
+    """Reads a prompt and begins its row, as a server does."""
+    read(slots, {slot: ids[:-1] or ids}, 0)
+    return slots.insert(slot=tf.constant(slot), token_ids=tf.constant(ids), **knobs)
+
+
+def read(slots, parts, start):
+    counts = [len(part) for part in parts.values()]
+    filled = [[*part, *[399] * (max(counts) - len(part))] for part in parts.values()]
+    ids = {"slots": list(parts), "token_ids": filled, "counts": counts, "start": start}
+    slots.read(**{name: tf.constant(value, tf.int32) for name, value in ids.items()})
 
 
 def live_row(task, request):
@@ -55,8 +67,8 @@ def test_random_joins_and_leaves(request, fixture, size, random_lm, count):
         before, steps = report["num_tokens"], 0
         if waiting and free and rng.random() < 0.7:
             slot, request = rng.choice(free), waiting.pop()
-            ids = tf.constant(random_lm.tokenizer.encode(request["prompt"]))
-            report = slots.insert(slot=tf.constant(slot), token_ids=ids, **arguments(request))
+            ids = random_lm.tokenizer.encode(request["prompt"])
+            report = begin(slots, slot, ids, **arguments(request))
             running[slot] = request
         else:
             steps = rng.randint(1, 6)
@@ -95,9 +107,9 @@ def test_a_prompt_in_parts_and_one_taken_over(request, fixture, random_lm):
         return slots.step(steps=tf.constant(steps), **NO_MASKS)
 
     def insert(slot, ids, start):
-        slots.insert(
-            slot=tf.constant(slot), token_ids=tf.constant(ids), **{**knobs, "start": tf.constant(start)}
-        )
+        if ids[start:-1]:
+            read(slots, {slot: ids[start:-1]}, start)
+        slots.insert(slot=tf.constant(slot), token_ids=tf.constant(ids), **knobs)
 
     def row(slot):
         report = {name: value[slot].numpy() for name, value in step(20).items()}
@@ -108,21 +120,24 @@ def test_a_prompt_in_parts_and_one_taken_over(request, fixture, random_lm):
         assert found[0] == wanted[0] and found[2] == wanted[2]
         np.testing.assert_allclose(found[1], wanted[1], atol=1e-4)
 
-    def read(slot, ids, start):
-        slots.read(slot=tf.constant(slot), token_ids=tf.constant(ids), start=tf.constant(start))
-
+    longest = prompt[2:] + prompt[:5]
+    insert(1, longest, 0)
+    before = row(1)
     insert(1, prompt, 0)
     alone = row(1)
     insert(0, prompt[::-1], 0)  # which leaves something behind, on either side of the parts
     row(0)
     insert(2, prompt[3:], 0)
-    read(0, prompt[:3], 0)
+    # Two at once, of which the shorter is filled up; neither disturbs the other, or one that runs.
+    read(slots, {0: prompt[:3], 1: longest[:4]}, 0)
     step(1)
-    read(0, prompt[3:8], 3)
+    read(slots, {1: longest[3:9], 0: prompt[3:8]}, 3)
     report = step(2)
     assert not report["active"][0] and report["num_tokens"][0] == 0 and not report["finish_reason"][0]
+    insert(1, longest, 9)
+    check(row(1), before)
     insert(0, prompt, 8)
-    step(2)
+    step(3)
     # From one that runs, with its new tokens; and from that one again, after steps.
     longer = prompt + alone[0][:2]
     slots.free(slot=tf.constant(1))
@@ -156,11 +171,8 @@ def test_alternatives_and_penalties(random_loaded, random_lm):
     ids = random_lm.tokenizer.encode(request["prompt"])
     bias = {7: 3.0, 9: -50.0}
     changes = {"presence_penalty": 0.7, "frequency_penalty": 1.5, "min_new_tokens": 8}
-    slots.insert(
-        slot=tf.constant(1),
-        token_ids=tf.constant(ids),
-        **arguments(request, **changes, bias_ids=list(bias), bias_values=list(bias.values())),
-    )
+    knobs = arguments(request, **changes, bias_ids=list(bias), bias_values=list(bias.values()))
+    begin(slots, 1, ids, **knobs)
     report = slots.step(steps=tf.constant(20), **NO_MASKS)
     live = random_lm.generate_tokens(
         request["prompt"],
@@ -180,11 +192,7 @@ def test_alternatives_and_penalties(random_loaded, random_lm):
         assert found["token_ids"][place, :3].numpy().tolist() == list(top)
         np.testing.assert_allclose(found["logprobs"][place, :3], list(top.values()), atol=1e-4)
     with pytest.raises(tf.errors.InvalidArgumentError, match="`bias_ids` must be from 0 to 399"):
-        slots.insert(
-            slot=tf.constant(0),
-            token_ids=tf.constant(ids),
-            **arguments(request, bias_ids=[400], bias_values=[1.0]),
-        )
+        begin(slots, 0, ids, **arguments(request, bias_ids=[400], bias_values=[1.0]))
 
 
 @pytest.mark.parametrize("fixture", ["random_loaded", "compiled_loaded"])
@@ -203,12 +211,7 @@ def test_masks_hold_for_their_rows(request, fixture, random_lm):
     )
     bits = np.zeros([1, 13], np.int32)
     for slot, request in ((0, free), (2, bound)):
-        constraint.fill(bits[0])
-        report = slots.insert(
-            slot=tf.constant(slot),
-            token_ids=tf.constant(tokenizer.encode(request["prompt"])),
-            **arguments(request, **({"allowed": bits[0]} if slot else {})),
-        )
+        report = begin(slots, slot, tokenizer.encode(request["prompt"]), **arguments(request))
     seen = 0
     while report["active"].numpy().any():
         for token in report["token_ids"][2, seen:].numpy()[: report["num_tokens"][2] - seen]:
@@ -253,17 +256,21 @@ def test_bad_input(random_loaded):
     request = next(random_requests(1, seed=1))
     good = {"slot": tf.constant(0), "token_ids": tf.constant([5, 6]), **arguments(request)}
     slots.insert(**{**good, "max_new_tokens": tf.constant(30), "stop": tf.zeros([0], tf.string)})
-    part = {"slot": tf.constant(1), "token_ids": tf.constant([5, 6]), "start": tf.constant(1)}
+    part = {"slots": [1, 2], "token_ids": [[5, 6], [7, 0]], "counts": [2, 1], "start": 1}
     for change, message in (
-        ({"slot": tf.constant(0)}, "A slot must be free or have ended. Received: slot 0"),
-        ({"slot": tf.constant(-1)}, "`slot` must be from 0 to 2. Received: -1"),
-        ({"token_ids": tf.zeros([0], tf.int32)}, "at least one token"),
-        ({"token_ids": tf.constant([400])}, "must be from 0 to 399"),
-        ({"start": tf.constant(-1)}, "2 tokens from -1 on"),
-        ({"start": tf.constant(63)}, "must lie in a slot of 64. Received: 2 tokens from 63 on"),
+        ({"slots": [1, 0]}, r"A slot must be free or have ended. Received: slot \[1 0\]"),
+        ({"slots": [-1, 1]}, r"`slot` must be from 0 to 2. Received: \[-1 1\]"),
+        ({"slots": [1, 1]}, r"`slots` must differ. Received: \[1 1\]"),
+        ({"slots": [1]}, "must be as many as there are rows. Received: 1 and 2"),
+        ({"counts": [2, 1, 1]}, "must be as many as there are rows. Received: 2 and 3"),
+        ({"counts": [2, 0]}, r"`counts` must be from 1 to 2, the length of the rows. Received: \[2 0\]"),
+        ({"counts": [3, 1]}, r"`counts` must be from 1 to 2, the length of the rows. Received: \[3 1\]"),
+        ({"token_ids": [[5, 6], [400, 0]]}, "must be from 0 to 399"),
+        ({"start": -1}, "2 tokens from -1 on"),
+        ({"start": 63}, "must lie in a slot of 64. Received: 2 tokens from 63 on"),
     ):
         with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-            slots.read(**{**part, **change})
+            slots.read(**{name: tf.constant(value) for name, value in {**part, **change}.items()})
     for source, slot, count, message in (
         (0, 0, 1, "cannot be copied to itself"),
         (1, 0, 1, "A slot must be free or have ended. Received: slot 0"),
@@ -277,7 +284,6 @@ def test_bad_input(random_loaded):
         ({"slot": tf.constant(3)}, "`slot` must be from 0 to 2. Received: 3"),
         ({"token_ids": tf.zeros([0], tf.int32)}, "at least one token"),
         ({"token_ids": tf.constant([400])}, "must be from 0 to 399"),
-        ({"start": tf.constant(2)}, "`start` must be less than the prompt has tokens. Received: 2 of 2"),
         ({"max_new_tokens": tf.constant(63)}, "must fit into a slot of 64 tokens"),
         ({"max_new_tokens": tf.constant(2**31 - 1)}, "must fit into a slot of 64 tokens"),
     ):
@@ -295,8 +301,6 @@ def test_bad_input(random_loaded):
             slots.step(steps=tf.constant(1), **masks)
     with pytest.raises(tf.errors.InvalidArgumentError, match="must be 1 where tokens are masked"):
         slots.step(steps=tf.constant(2), masked=tf.constant([0]), allowed=tf.zeros([1, 13], tf.int32))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="`allowed` must be empty or 13 numbers"):
-        slots.insert(**good | {"slot": tf.constant(1), "allowed": tf.constant([1])})
 
 
 def test_only_the_embedded_server_finds_them_as_signatures(random_served, random_loaded):

@@ -1,6 +1,7 @@
 """Rows of many requests beside each other: the same tokens, fair, bounded, and nothing lost."""
 
 import dataclasses
+import itertools
 import queue
 import random
 import threading
@@ -80,16 +81,15 @@ class Tally:
         self.rows = [None] * self.slots
         self.counts = [0] * self.slots
 
-    def read(self, slot, token_ids, start):
-        self.log.append(("read", slot, start, list(token_ids)))
+    def read(self, parts, start):
+        self.log.append(("read", start, {slot: list(part) for slot, part in parts.items()}))
 
     def copy(self, source, slot, count):
         self.log.append(("copy", source, slot, count))
 
-    def insert(self, slot, row, start):
-        self.log.append(("insert", slot, row.token_ids[0], start))
-        self.rows[slot], self.counts[slot] = row, 1
-        return self.report()
+    def insert(self, slot, row):
+        self.log.append(("insert", slot, row.token_ids[0]))
+        self.rows[slot], self.counts[slot] = row, 0
 
     def step(self, steps, masks):
         assert self.may_step.wait(SECONDS)
@@ -106,6 +106,10 @@ class Tally:
     def free(self, slot):
         self.log.append(("free", slot))
         self.rows[slot], self.counts[slot] = None, 0
+
+    def all(self, name):
+        """What was done under a name."""
+        return [entry for entry in self.log if entry[0] == name]
 
     def report(self):
         ends = [
@@ -238,7 +242,7 @@ def test_first_come_first_served(make_engine):
     model.may_step.set()
     for job in jobs:
         assert text_of(job.rest()[0]) == "abcdefghij"[: job.job.rows[0].max_new_tokens]
-    assert [entry[2] for entry in model.log if entry[0] == "insert"] == list(range(9))
+    assert [entry[2] for entry in model.all("insert")] == list(range(9))
 
 
 def test_a_long_prompt_is_read_between_steps(make_engine):
@@ -250,20 +254,12 @@ def test_a_long_prompt_is_read_between_steps(make_engine):
     jobs = [Collected(engine, RowRequest(token_ids=prompt, max_new_tokens=3)) for prompt in prompts]
     for job in jobs:
         job.rest()
-    reads = [entry for entry in model.log if entry[0] == "read" and len(entry[3]) == 8]
-    assert reads[:3] == [("read", 1, start, prompts[0][start : start + 8]) for start in (0, 8, 16)]
-    # One slot is free, so between two steps never more than a part of a prompt, or of several.
-    read_tokens = 0
-    for entry in model.log[model.log.index(("read", 1, 0, prompts[0][:8])) :]:
-        if entry[0] == "step":
-            read_tokens = 0
-        elif entry[0] == "read":
-            read_tokens += len(entry[3])
-        elif entry[0] == "insert":
-            prompt = next(prompt for prompt in prompts if prompt[0] == entry[2])
-            read_tokens += len(prompt) - entry[3]
-        assert read_tokens <= 8
-    order = [entry[2] for entry in model.log if entry[0] == "insert"]
+    # One slot is free, so between two steps never more than a part of a prompt.
+    first = model.log.index(("read", 0, {1: prompts[0][:8]}))
+    parts = [("read", start, {1: prompts[0][start : min(start + 8, 29)]}) for start in (0, 8, 16, 24)]
+    between = [("step",)] * 3
+    assert model.log[first : first + 7] == [*itertools.chain(*zip(parts, between, strict=False)), parts[3]]
+    order = [entry[2] for entry in model.all("insert")]
     assert order == [1, 2, 40, 50]
     # A row that is cancelled while its prompt is read frees its slot.
     model.may_step.clear()
@@ -271,53 +267,77 @@ def test_a_long_prompt_is_read_between_steps(make_engine):
     held[0].job.cancel()
     model.may_step.set()
     held[1].rest()
-    assert [entry[2] for entry in model.log if entry[0] == "insert"] == [*order, 8]
+    assert [entry[2] for entry in model.all("insert")] == [*order, 8]
 
 
 def test_prompts_that_come_together_are_read_together(make_engine):
-    """Not one after each step."""
+    """In one call, and not one after each step."""
     model = Wide()
     engine = make_engine(model, prefill_chunk=4)
     running = Collected(engine, RowRequest(token_ids=[1], max_new_tokens=40))
     running.pieces.get(timeout=SECONDS)
-    rows = [RowRequest(token_ids=[10 * number] * 4, max_new_tokens=3) for number in range(1, 6)]
-    Collected(engine, *rows).rest()
-    first = model.log.index(("insert", 1, 10, 0))
-    assert model.log[first : first + 5] == [
-        *(("insert", slot, 10 * slot, 0) for slot in range(1, 5)),
-        ("step",),
-    ]  # the fifth has no slot yet
-    # One that is longer is read in as many parts as before, when it is alone.
-    Collected(engine, RowRequest(token_ids=list(range(2, 12)), max_new_tokens=3)).rest()
-    reads = [entry[2:] for entry in model.log if entry[0] == "read"]
-    assert reads == [(start, list(range(2 + start, 6 + start))) for start in (0, 4)]
+    model.may_step.clear()
+    time.sleep(0.05)
+    model.log.clear()
+    prompts = [[10 * number] * (3 + number) for number in range(1, 6)]
+    rows = [RowRequest(token_ids=prompt, max_new_tokens=3) for prompt in prompts]
+    job = Collected(engine, *rows)
+    model.may_step.set()
+    job.rest()
+    first = model.log.index(("read", 0, {slot: prompts[slot - 1][:-1][:4] for slot in range(1, 5)}))
+    # Those that are read begin at once; the fifth has no slot yet.
+    assert model.log[first + 1 : first + 4] == [("insert", 1, 10), ("insert", 2, 20), ("step",)]
+    assert model.log[first + 4] == ("read", 4, {3: [30], 4: [40, 40]})
 
 
-def test_what_is_cancelled_or_late_while_others_are_read_is_not_read(make_engine):
+def test_what_is_read_in_one_call(make_engine):
+    """Parts that are about as long, from one place on; and what another prompt begins with is read once."""
+    model = Wide()
+    model.slots, model.length = 6, 200
+    model.reset()
+    common = list(range(2, 42))
+    prompts = [[50] * 20, [51] * 52, [52] * 53, [*common, 55], [*common, 56], [57] * 9]
+    rows = [RowRequest(token_ids=prompt, max_new_tokens=1) for prompt in prompts]
+    Collected(make_engine(model), *rows).rest()
+    sizes = [
+        (start, {slot: len(part) for slot, part in parts.items()}) for _, start, parts in model.all("read")
+    ]
+    assert sizes == [(0, {0: 19, 1: 51}), (0, {2: 52, 3: 40}), (0, {5: 8})]
+    assert model.all("copy") == [("copy", 3, 4, 40)]
+    assert [slot for _, slot, _ in model.all("insert")] == list(range(6))
+    assert model.log.index(("step",)) > model.log.index(("insert", 5, 57))
+
+
+@pytest.mark.parametrize("together", [1, 8])
+def test_what_is_cancelled_or_late_while_others_are_read_is_not_read(make_engine, monkeypatch, together):
+    """Nor does it begin, where it was read with them."""
+    monkeypatch.setattr("kerasllm_serving.engine._MOST_READ_TOGETHER", together)
     model = Wide()
     engine = make_engine(model, prefill_chunk=4)
-    read, may_go_on = threading.Event(), threading.Event()
-    insert = model.insert
+    reads, may_go_on = threading.Event(), threading.Event()
+    read = model.read
 
     def wait(*arguments):
-        read.set()
+        reads.set()
         assert may_go_on.wait(SECONDS)
-        return insert(*arguments)
+        return read(*arguments)
 
     running = Collected(engine, RowRequest(token_ids=[1], max_new_tokens=40))
     running.pieces.get(timeout=SECONDS)
-    model.insert = wait
+    model.read = wait
     model.may_step.clear()  # so that all are there when the next are read
     rows = [RowRequest(token_ids=[n] * 4, max_new_tokens=3) for n in (51, 52, 53, 54)]
     deadline = time.monotonic() + 0.2
     jobs = [Collected(engine, row, deadline=deadline if row is rows[1] else None) for row in rows]
     model.may_step.set()
-    assert read.wait(SECONDS)
+    assert reads.wait(SECONDS)
     jobs[2].job.cancel()
     time.sleep(0.2)
     may_go_on.set()
     jobs[3].rest()
-    assert [entry[2] for entry in model.log if entry[0] == "insert" and entry[2] > 50] == [51, 54]
+    assert [entry[2] for entry in model.all("insert") if entry[2] > 50] == [51, 54]
+    read_slots = [slot for _, _, parts in model.all("read")[1:] for slot in parts]
+    assert read_slots == ([1, 2] if together == 1 else [1, 2, 3, 4])
     assert jobs[1].pieces.get(timeout=SECONDS).code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
@@ -388,7 +408,7 @@ def test_a_full_queue_refuses(make_engine):
     taken[4].job.cancel()
     model.may_step.set()
     assert [text_of(job.rest()[0]) for job in taken[:4]] == ["abcde"] * 4
-    assert len([entry for entry in model.log if entry[0] == "insert"]) == 4
+    assert len(model.all("insert")) == 4
 
 
 def test_a_cancelled_row_leaves_before_the_next_step(make_engine):
