@@ -353,15 +353,8 @@ class SlotDecoder(tf.Module):
         ]
         slots, token_ids, counts, start = after(rules, (slots, token_ids, counts, start))
         written = self._read_tokens(slots, token_ids, start)
-        columns = tf.range(longest)
-        places = tf.stack(tf.meshgrid(slots, start + columns, indexing="ij"), axis=-1)
-        is_token = columns < counts[:, None]
-        sequences = self._packed(self.memory).state.sequences
-        written.append(
-            sequences.scatter_nd_update(
-                tf.boolean_mask(places, is_token), tf.boolean_mask(token_ids, is_token)
-            )
-        )
+        places = tf.stack(tf.meshgrid(slots, tf.range(start, start + longest), indexing="ij"), axis=-1)
+        written.append(self._packed(self.memory).state.sequences.scatter_nd_update(places, token_ids))
         end = start + counts
         with tf.control_dependencies([*written, *self._hold(slots, end)]):
             return {"num_read": tf.identity(end)}

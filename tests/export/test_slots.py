@@ -38,7 +38,8 @@ def read(slots, parts, start):
     counts = [len(part) for part in parts.values()]
     filled = [[*part, *[399] * (max(counts) - len(part))] for part in parts.values()]
     ids = {"slots": list(parts), "token_ids": filled, "counts": counts, "start": start}
-    slots.read(**{name: tf.constant(value, tf.int32) for name, value in ids.items()})
+    report = slots.read(**{name: tf.constant(value, tf.int32) for name, value in ids.items()})
+    assert report["num_read"].numpy().tolist() == [start + count for count in counts]
 
 
 def live_row(task, request):

@@ -71,7 +71,7 @@ class Tally:
     slots, length, vocabulary = 2, 50, 60
 
     def __init__(self):
-        self.log = []
+        self.log, self.steps = [], []
         self.may_step = threading.Event()
         self.may_step.set()
         self.fails = False
@@ -94,6 +94,7 @@ class Tally:
     def step(self, steps, masks):
         assert self.may_step.wait(SECONDS)
         self.log.append(("step",))
+        self.steps.append(steps)
         if self.fails:
             self.fails = False
             raise RuntimeError("the model is broken")
@@ -290,19 +291,27 @@ def test_prompts_that_come_together_are_read_together(make_engine):
     assert model.log[first + 4] == ("read", 4, {3: [30], 4: [40, 40]})
 
 
+def test_a_first_token_does_not_wait_for_more(make_engine):
+    model = Tally()
+    engine = make_engine(model, steps=4)
+    for _ in range(2):
+        Collected(engine, RowRequest(token_ids=[1, 2], max_new_tokens=7)).rest()
+    assert model.steps == [1, 4, 4] * 2
+
+
 def test_what_is_read_in_one_call(make_engine):
     """Parts that are about as long, from one place on; and what another prompt begins with is read once."""
     model = Wide()
     model.slots, model.length = 6, 200
     model.reset()
     common = list(range(2, 42))
-    prompts = [[50] * 20, [51] * 52, [52] * 53, [*common, 55], [*common, 56], [57] * 9]
+    prompts = [[50] * 20, [51] * 52, [52] * 80, [*common, 55], [*common, 56], [57] * 9]
     rows = [RowRequest(token_ids=prompt, max_new_tokens=1) for prompt in prompts]
     Collected(make_engine(model), *rows).rest()
     sizes = [
         (start, {slot: len(part) for slot, part in parts.items()}) for _, start, parts in model.all("read")
     ]
-    assert sizes == [(0, {0: 19, 1: 51}), (0, {2: 52, 3: 40}), (0, {5: 8})]
+    assert sizes == [(0, {0: 19, 1: 51}), (0, {2: 79}), (0, {3: 40}), (0, {5: 8})]
     assert model.all("copy") == [("copy", 3, 4, 40)]
     assert [slot for _, slot, _ in model.all("insert")] == list(range(6))
     assert model.log.index(("step",)) > model.log.index(("insert", 5, 57))
