@@ -4,10 +4,11 @@ import tensorflow as tf
 
 from kerasllm.generation.checks import after, check_texts, rule
 from kerasllm.generation.generate import TextGenerator
+from kerasllm.tokenizers.unicode import PYTHON_SPACES
 
 # Tokens that the head is applied to at once: the scores of all tokens of a batch would fill the memory.
 _CHUNK = 256
-_SPACES = "".join(f"\\x{{{code:x}}}" for code in range(0x110000) if chr(code).isspace())
+_SPACES = "".join(f"\\x{{{ord(space):x}}}" for space in PYTHON_SPACES)
 
 
 class TextScorer:

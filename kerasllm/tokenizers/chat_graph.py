@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from kerasllm.tokenizers.chat import Shield
+from kerasllm.tokenizers.unicode import PYTHON_SPACES
 
 # The roles of a graph, as many of them as the template knows what to do with; and whether a system message
 # may come later than first, where some templates take it for something else.
@@ -27,7 +28,6 @@ _ROLE_SETS = (
 _LONGEST_TRIED = 4
 # Around each known message, so that it shows whether the template takes whitespace off.
 _BEFORE, _AFTER = "\n\t \u00a0", "\u00a0 \t\n"
-_SPACES = "".join(chr(code) for code in range(0x110000) if chr(code).isspace())
 # What a template may treat in another way than other text.
 _TRYING = (
     "plain",
@@ -315,7 +315,7 @@ class ChatEncoder(tf.Module):
             ),
         ]
         if not self._form[0].allows_blank:
-            blank = tf.strings.regex_full_match(contents, f"[{_spell(_SPACES)}]*") & counts
+            blank = tf.strings.regex_full_match(contents, f"[{_spell(PYTHON_SPACES)}]*") & counts
             message = "For this chat template a message must not be blank."
             rules.append((~blank, message, tf.boolean_mask(roles, blank)))
         return rules
@@ -334,7 +334,7 @@ class ChatEncoder(tf.Module):
             (tf.gather_nd(self._strips_after, joins), "^[{}]+"),
             (tf.gather_nd(self._strips_before, ends), "[{}]+$"),
         ):
-            stripped = tf.strings.regex_replace(texts, pattern.format(_spell(_SPACES)), "")
+            stripped = tf.strings.regex_replace(texts, pattern.format(_spell(PYTHON_SPACES)), "")
             texts = tf.where(strips, stripped, texts)
         is_last = tf.range(shape[1])[None] == num_turns[:, None] - 1
         texts = tf.gather_nd(self._texts, joins) + texts

@@ -4,6 +4,9 @@ import json
 from functools import cache
 from importlib import resources
 
+# What Python's `str.isspace` takes for a space; all of them are in the basic plane.
+PYTHON_SPACES = "".join(filter(str.isspace, map(chr, range(0x10000))))
+
 
 @cache
 def _ranges() -> dict[str, list[list[int]]]:

@@ -207,10 +207,17 @@ def start_server(
     free_port: Callable[[], int],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., ServerProcess]]:
-    """Starts servers, waits until they are ready, and ends them after the tests."""
-    processes = []
+    """Starts servers, waits until they are ready, and ends them after the tests.
 
-    def start(*flags: str) -> ServerProcess:
+    Warming up, with the optimizer of graphs, takes most of a start. So servers go without, but for those
+    that are started `as_users_do`; those of tests/test_cli.py and tests/test_clean_env.py have both, too.
+    """
+    processes = []
+    session = tmp_path_factory.mktemp("session") / "config"
+    session.write_text("graph_options { rewrite_options { disable_meta_optimizer: true } }")
+    quick_flags = (f"--tensorflow_session_config_file={session}", "--enable_model_warmup=false")
+
+    def start(*flags: str, as_users_do: bool = False) -> ServerProcess:
         log = tmp_path_factory.mktemp("log") / "stderr.txt"
         rest_port = free_port()
         has_source = any(flag.startswith(("--model_base_path", "--model_config_file")) for flag in flags)
@@ -221,6 +228,7 @@ def start_server(
             "--host=127.0.0.1",
             "--port=0",
             f"--rest_api_port={rest_port}",
+            *(() if as_users_do else quick_flags),
             *flags,
         ]
         environment = {**os.environ, "PYTHONPATH": str(SERVING_FOLDER)}

@@ -300,9 +300,8 @@ def test_while_it_loads(start_server, free_port, saved_model, tmp_path):
     port = free_port()
     answers = set()
     with ThreadPoolExecutor(1) as executor:
-        started = executor.submit(
-            start_server, f"--model_base_path={tmp_path / 'm'}", f"--rest_api_port={port}"
-        )
+        flags = (f"--model_base_path={tmp_path / 'm'}", f"--rest_api_port={port}")
+        started = executor.submit(start_server, *flags, as_users_do=True)
         deadline = time.monotonic() + 240
         while not started.done() and time.monotonic() < deadline:
             for path in ("/health", "/v1/models/default", "/v1/models/default:predict"):
