@@ -140,4 +140,4 @@ def go_on(trainings):
 if __name__ == "__main__":
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
-    print(json.dumps(globals()[sys.argv[1]]()))
+    print(json.dumps({name: globals()[name]() for name in sys.argv[1:]}))

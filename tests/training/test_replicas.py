@@ -21,21 +21,27 @@ def run(*arguments):
 
 
 @pytest.mark.timeout(900)
-def test_two_replicas_and_two_workers():
+def test_two_workers():
     """A short last batch, dropout, microbatches, averages, a shared state; the rest is in the slow tier."""
-    run("--replicas", "2", "--workers", "2", "--cases", "dropout, microbatches, averaged")
+    run("--replicas", "--workers", "2", "--layers", "1", "--cases", "dropout, microbatches, averaged")
 
 
-def run_in_process(name):
+def run_in_process(*names):
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
-    result = subprocess.run([sys.executable, SCRIPT, name], env=environment, capture_output=True, text=True)
+    command = [sys.executable, SCRIPT, *names]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def found():
+    return run_in_process("parts", "resumed")
+
+
 @pytest.mark.timeout(600)
-def test_each_replica_keeps_a_part_of_the_state():
-    facts = run_in_process("parts")
+def test_each_replica_keeps_a_part_of_the_state(found):
+    facts = found["parts"]
     # Each of the arrays is filled up to a multiple of the replicas.
     assert len(set(facts["held"])) == 1
     assert facts["whole"] / 4 <= facts["held"][0] < facts["whole"] / 4 + 8 * facts["values"]
@@ -43,16 +49,16 @@ def test_each_replica_keeps_a_part_of_the_state():
 
 
 @pytest.mark.timeout(600)
-def test_a_training_goes_on_with_other_replicas():
+def test_a_training_goes_on_with_other_replicas(found):
     """Also from a state that is shared to one that is not."""
-    errors = run_in_process("resumed")
+    errors = found["resumed"]
     assert max(errors.values()) < 1e-10, errors
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_more_trainings_go_on_with_other_replicas():
-    errors = run_in_process("resumed_otherwise")
+    errors = run_in_process("resumed_otherwise")["resumed_otherwise"]
     assert errors.pop("to the bit") == 0
     assert max(errors.values()) < 1e-10, errors
 
@@ -60,7 +66,7 @@ def test_more_trainings_go_on_with_other_replicas():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_shared_state_gives_the_same_weights():
-    errors = run_in_process("sharded")
+    errors = run_in_process("sharded")["sharded"]
     assert errors.pop("skipped") > 0
     half = errors.pop("half, 2")
     assert half < 1e-2 and max(errors.values()) < 1e-10, errors
