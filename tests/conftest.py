@@ -1,5 +1,6 @@
 """What makes the tests quick, and fixtures of several rooms: a tiny trained model with its tokenizer."""
 
+import fcntl
 import gc
 import os
 import shutil
@@ -11,17 +12,56 @@ import pytest
 import tensorflow as tf
 
 # Tracing makes many objects that stay, and little garbage.
-gc.set_threshold(50_000, 10, 10)
+gc.set_threshold(200_000, 10, 20)
+
+# Processes take whole files. Those that take long are begun first, so that no process is left alone with
+# one at the end: what waits for the package index, then by room.
+_LONG_FIRST = ("training", "serving", "export", "tests", "tasks", "generation")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        room = item.path.parent.name
+        number = _LONG_FIRST.index(room) if room in _LONG_FIRST else len(_LONG_FIRST)
+        return (item.get_closest_marker("clean_env") is None, number)
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what has been imported stays
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Graphs that run a few times are not worth Grappler's work, except where it is what a test is about.
 
-    Processes that tests start, the server above all, have it as users do.
+    Processes that tests start have it as users do, but for servers: see `start_server`.
     """
     is_wanted = any(item.get_closest_marker(name) for name in ("grappler", "slow"))
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not is_wanted})
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory):
+    """Writes what all processes of the tests share: the first that asks does, the others wait.
+
+    Only for what is the same in each of them, as exports of random weights are.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def make(name, write):
+        path = base / "shared" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (base / f"{name.replace('/', '-')}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                write(path)
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -90,11 +130,9 @@ def chat_lm(random_lm):
 
 
 @pytest.fixture(scope="session")
-def random_served(chat_lm, tmp_path_factory):
+def random_served(chat_lm, make_once):
     """`random_lm` as a SavedModel that has everything: a chat template, and slots."""
-    base = tmp_path_factory.mktemp("served") / "random"
-    chat_lm.export(base / "1", slots=3)
-    return base
+    return make_once("random/1", lambda path: chat_lm.export(path, slots=3)).parent
 
 
 @pytest.fixture(scope="session")
@@ -105,13 +143,12 @@ def random_loaded(random_served):
 
 
 @pytest.fixture(scope="session")
-def compiled_served(random_lm, tmp_path_factory):
+def compiled_served(random_lm, make_once):
     """`random_lm` as a SavedModel whose decoding XLA compiles, that of the slots too, in small blocks."""
-    base = tmp_path_factory.mktemp("served") / "compiled"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kerasllm.layers.attention._BLOCK", 24)
-        random_lm.export(base / "1", slots=9, jit_compile=True)
-    return base
+        path = make_once("compiled/1", lambda path: random_lm.export(path, slots=9, jit_compile=True))
+    return path.parent
 
 
 @pytest.fixture(scope="session")
@@ -122,10 +159,10 @@ def compiled_loaded(compiled_served):
 
 
 @pytest.fixture(scope="session")
-def tflite(random_lm, tmp_path_factory):
+def tflite(random_lm, make_once):
     """`random_lm` as a LiteRT model whose cache is not a multiple of its prefill lengths."""
-    path = tmp_path_factory.mktemp("litert") / "model.tflite"
-    return random_lm.export(path, prefill_lengths=(4, 16), cache_length=46, decode_lengths=(24,))
+    sizes = {"prefill_lengths": (4, 16), "cache_length": 46, "decode_lengths": (24,)}
+    return make_once("litert/model.tflite", lambda path: random_lm.export(path, **sizes))
 
 
 @pytest.fixture(scope="module")  # while it is open, no other event loop can be

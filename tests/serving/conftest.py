@@ -291,11 +291,9 @@ def tools_lm(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def tools_folder(tools_lm, tmp_path_factory) -> Path:
+def tools_folder(tools_lm, make_once) -> Path:
     """It, exported."""
-    base = tmp_path_factory.mktemp("tools")
-    tools_lm.export(base / "1", slots=4)
-    return base
+    return make_once("tools/1", lambda path: tools_lm.export(path, slots=4)).parent
 
 
 @pytest.fixture(scope="session")
@@ -322,9 +320,7 @@ def make_bert(stories):
 
 
 @pytest.fixture(scope="session")
-def embedder_folder(make_bert, tmp_path_factory):
+def embedder_folder(make_bert, make_once):
     from kerasllm import TextEmbedder
 
-    base = tmp_path_factory.mktemp("embedder")
-    TextEmbedder(*make_bert(None)).export(base / "1")
-    return base
+    return make_once("embedder/1", TextEmbedder(*make_bert(None)).export).parent
