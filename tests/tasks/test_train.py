@@ -203,12 +203,11 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, family):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
 
 
-def test_same_seed_same_run():
-    short = [*SMALL, "training.steps=3", "training.validate_every=3"]
-    first, second, other = (
-        train(load_run_config(None, [*short, f"seed={seed}"])).progress.train_losses for seed in (1, 1, 2)
-    )
-    assert first == second != other
+def test_another_seed_another_run(result):
+    """That the same seed gives the same run is seen where one is interrupted."""
+    short = [*SMALL, "training.steps=1", "training.validate_every=1", "seed=2"]
+    ((_, other),) = train(load_run_config(None, short)).progress.train_losses
+    assert other != result.progress.train_losses[0][1]
 
 
 def test_trains_on_files(tmp_path, stories):

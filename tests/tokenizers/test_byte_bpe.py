@@ -100,12 +100,13 @@ def assert_equal(tokenizer: Tokenizer, reference: tokenizers.Tokenizer, texts: l
         assert ids == expected_ids, f"{text[:200]!a}"
 
 
+@pytest.mark.parametrize("count", [400, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", BYTE_LEVEL_KINDS)
-def test_pre_tokenizer(kind):
+def test_pre_tokenizer(kind, count):
     reference = train_byte_level(kind, CORPUS)
     tokenizer = Tokenizer.from_json(reference.to_str())
     assert type(tokenizer) is ByteBPETokenizer
-    texts = [*composed(3000, seed=3), *random_texts(300, seed=4), *random_code_points(50, seed=5)]
+    texts = [*composed(count, seed=3), *random_texts(count // 10, seed=4), *random_code_points(50, seed=5)]
     texts += [*WRITTEN_TEXTS, *INVALID_BYTES, *random_bytes(100, seed=6)]
     code_points = [c for c in range(0x3400) if not 0xD800 <= c < 0xE000]
     code_points += [*range(0xA000, 0xAC10), *range(0xF900, 0x10500), *range(0x1D400, 0x1D800, 7)]
