@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from kerasllm.export import litert_worker
+from kerasllm.export.gptq import layers_of_4_bits, rounded_weights, token_batches
 from kerasllm.files import write_json
 from kerasllm.generation import GenerationConfig, cache_names, check_vocabularies
 from kerasllm.layers.table import TableFunctions, tables_used_with
@@ -106,6 +107,7 @@ def export_litert(
     decode_lengths: Sequence[int] = (),
     quantize: str | None = None,
     texts: Sequence[str] = (),
+    calibration_texts: Sequence[str] = (),
     largest_divergence: float | None = None,
     force: bool = False,
     verbose: bool = True,
@@ -138,6 +140,9 @@ def export_litert(
             hardly any divergence, and about the speed of float32. `"fp16"`: weights of 16 bits. None:
             float32.
         texts: Held-out texts on which the export is compared with the model; none: it is not compared.
+        calibration_texts: For `"int4"`: texts such as the model is going to read, of which about 8,000
+            tokens are used. Weights are rounded so that on them the layers give what they gave before, as
+            `kerasllm.export.gptq` says; none: each weight is rounded by itself.
         largest_divergence: The largest mean Kullback-Leibler divergence from the model, in nats per
             token, with which a file is written. None: that of `LARGEST_DIVERGENCE`.
         force: Whether the file is written above that, and where memory seems too small.
@@ -167,6 +172,7 @@ def export_litert(
         decode_lengths=decode_lengths,
         quantize=quantize,
         texts=texts,
+        calibration_texts=calibration_texts,
         largest_divergence=largest_divergence,
         force=force,
         verbose=verbose,
@@ -190,6 +196,7 @@ def converted(
     decode_lengths: Sequence[int] = (),
     quantize: str | None = None,
     texts: Sequence[str] = (),
+    calibration_texts: Sequence[str] = (),
     largest_divergence: float | None = None,
     force: bool = False,
     verbose: bool = True,
@@ -198,7 +205,7 @@ def converted(
 
     Args:
         path: The file to be.
-        model, tokenizer, prefill_lengths, cache_length, decode_lengths, quantize, texts,
+        model, tokenizer, prefill_lengths, cache_length, decode_lengths, quantize, texts, calibration_texts,
         largest_divergence, force, verbose: As in `export_litert`, which says what is raised.
 
     Yields:
@@ -219,7 +226,10 @@ def converted(
         raise ValueError(f"`prefill_lengths` must be at least 1 each. Received: {prefill_lengths}")
     if decode_lengths and min(decode_lengths) < 1:
         raise ValueError(f"`decode_lengths` must be at least 1 each. Received: {decode_lengths}")
+    if calibration_texts and quantize != "int4":
+        raise ValueError(f'`calibration_texts` are for quantize="int4". Received: quantize={quantize!r}')
     check_convertible(model, tokenizer, quantize, force, runs=bool(texts))
+    batches = token_batches(tokenizer, calibration_texts, context) if calibration_texts else []
 
     shapes = {f"prefill_{n}": (n, cache_length) for n in sorted(set(prefill_lengths)) if n <= cache_length}
     shapes = shapes or {"prefill_1": (1, cache_length)}
@@ -235,7 +245,11 @@ def converted(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         file = pathlib.Path(work, "model.tflite")
         report = {"quantize": quantize, "cache_length": cache_length, "signatures": list(shapes)}
-        report |= convert(model, signatures, file, quantize, verbose)
+        with contextlib.ExitStack() as stack:
+            if batches:
+                report["calibration_tokens"] = sum(batch.size for batch in batches)
+                stack.enter_context(rounded_weights(model, batches, verbose))
+            report |= convert(model, signatures, file, quantize, verbose)
         if texts:
             report |= compare_litert(model, tokenizer, file, texts, cache_length)
             bound = LARGEST_DIVERGENCE[quantize] if largest_divergence is None else largest_divergence
@@ -284,6 +298,13 @@ def check_convertible(
         if is_needed and importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(
                 f"This export needs an extra: pip install 'kerasllm[litert]'. There is no {module}."
+            )
+    if quantize == "int4":
+        widths = {layer.kernel.shape[0] for layer in layers_of_4_bits(model)}
+        if odd := sorted(width for width in widths if width % litert_worker.BLOCK):
+            raise ValueError(
+                f"Weights of 4 bits need layers whose inputs' widths are multiples of "
+                f"{litert_worker.BLOCK}. Received: {odd}"
             )
     if not force:
         check_memory(model)
@@ -451,8 +472,11 @@ def compare_litert(
 
 def format_report(report: dict[str, Any]) -> str:
     """Returns the lines that say what an export is like, of a report as `report.json` holds it."""
+    weights = report["quantize"] or "float32"
+    if "calibration_tokens" in report:
+        weights += f", rounded on {report['calibration_tokens']} tokens"
     rows = [
-        ("weights", report["quantize"] or "float32"),
+        ("weights", weights),
         ("size", f"{report['size_bytes'] / 1e6:.1f} MB (float32: {report['weight_bytes'] / 1e6:.1f} MB)"),
         ("held-out tokens", report["tokens"]),
         ("nats per token", f"{report['nll']:.4f} (float32: {report['model_nll']:.4f})"),

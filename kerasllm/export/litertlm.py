@@ -151,6 +151,7 @@ def export_litertlm(
     cache_length: int | None = None,
     quantize: str | None = "int8",
     texts: Sequence[str] = (),
+    calibration_texts: Sequence[str] = (),
     largest_divergence: float | None = None,
     force: bool = False,
     verbose: bool = True,
@@ -162,7 +163,8 @@ def export_litertlm(
     defaults of the sampler and the chat template. A report lies beside it, as `<name>.report.json`.
 
     Args:
-        model, tokenizer, config, prefill_lengths, cache_length, texts, largest_divergence, force, verbose:
+        model, tokenizer, config, prefill_lengths, cache_length, texts, calibration_texts,
+        largest_divergence, force, verbose:
             As in `export_litert`. With one long prefill only, the runtime could not read a short turn near
             the end of the cache.
         path: The file to write, ending in `.litertlm`.
@@ -207,6 +209,7 @@ def export_litertlm(
         cache_length=cache_length,
         quantize=quantize,
         texts=texts,
+        calibration_texts=calibration_texts,
         largest_divergence=largest_divergence,
         force=force,
         verbose=verbose,
