@@ -249,6 +249,12 @@ def _parser() -> argparse.ArgumentParser:
         help="precision of the weights (default: int8 for a .litertlm, none for a .tflite)",
     )
     devices.add_argument(
+        "--calibration-data",
+        nargs="+",
+        metavar="PATH",
+        help="for int4: texts for which the weights are rounded (default: what the model writes)",
+    )
+    devices.add_argument(
         "--cache-length", type=int, metavar="TOKENS", help="most tokens of prompt and answer"
     )
     devices.add_argument(
@@ -543,11 +549,11 @@ def _device_options(arguments) -> dict:
         *("largest_divergence", "force"),
     )
     options = {name: getattr(arguments, name) for name in names}
-    options["texts"] = None
-    if arguments.data:
-        from kerasllm.data import read_documents
+    for name, paths in (("texts", arguments.data), ("calibration_texts", arguments.calibration_data)):
+        if paths:
+            from kerasllm.data import read_documents
 
-        options["texts"] = list(read_documents(arguments.data))
+            options[name] = read_documents(paths)
     options = {name: value for name, value in options.items() if value not in (None, False)}
     if options.get("quantize") == "none":
         options["quantize"] = None

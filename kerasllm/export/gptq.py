@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kerasllm.export.litert_worker import BLOCK, block_scales, round_to_integers
+from kerasllm.generation import Engine, GenerationConfig, Row
 from kerasllm.layers.dense import Dense
 from kerasllm.models import LanguageModel
 from kerasllm.tokenizers import Tokenizer
@@ -18,8 +19,8 @@ from kerasllm.tokenizers import Tokenizer
 _COLUMNS_AT_ONCE = 128
 # Added to the diagonal, as a share of its mean, as in the paper: few tokens do not say all too exactly.
 _DAMPING = 0.01
-# Of calibration texts, so many tokens are read, in rows of so many.
-_TOKENS, _ROW = 8192, 512
+# What a model is calibrated with: so many tokens, in rows of so many.
+_TOKENS, _ROW = 8192, 256
 
 
 def round_matrix(matrix: np.ndarray, gram: np.ndarray) -> np.ndarray:
@@ -147,3 +148,26 @@ def token_batches(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> li
     if not batches:
         raise ValueError("`calibration_texts` must hold tokens. Received: none")
     return batches
+
+
+def own_batches(model: LanguageModel) -> list[np.ndarray]:
+    """Lets a model write what it is calibrated with, from tokens drawn at random on.
+
+    So it needs no texts, and those that it writes are of the kinds that it knows. Liu et al.: "LLM-QAT:
+    Data-Free Quantization Aware Training for Large Language Models" (2023).
+
+    Args:
+        model: The model.
+
+    Returns:
+        Int32 `[1, length]` each.
+    """
+    length = min(model.config.context_length, _ROW)
+    starts = np.random.default_rng(0).integers(model.config.vocabulary_size, size=_TOKENS // length)
+    settings = {"max_new_tokens": length - 1, "temperature": 1.0}
+    # Without tokens that end them: all rows are full.
+    rows = [Row([int(id)], GenerationConfig(**settings, seed=seed)) for seed, id in enumerate(starts)]
+    batch = Engine(model).start(rows)
+    while batch.active.any():
+        batch.advance(length)
+    return [np.array([[*row.prompt, *batch.new_ids(n)]], "int32") for n, row in enumerate(rows)]

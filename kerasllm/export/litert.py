@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from kerasllm.export import litert_worker
-from kerasllm.export.gptq import layers_of_4_bits, rounded_weights, token_batches
+from kerasllm.export.gptq import layers_of_4_bits, own_batches, rounded_weights, token_batches
 from kerasllm.files import write_json
 from kerasllm.generation import GenerationConfig, cache_names, check_vocabularies
 from kerasllm.layers.table import TableFunctions, tables_used_with
@@ -141,8 +141,8 @@ def export_litert(
             float32.
         texts: Held-out texts on which the export is compared with the model; none: it is not compared.
         calibration_texts: For `"int4"`: texts such as the model is going to read, of which about 8,000
-            tokens are used. Weights are rounded so that on them the layers give what they gave before, as
-            `kerasllm.export.gptq` says; none: each weight is rounded by itself.
+            tokens are used; none: texts that the model writes. Weights are rounded so that on them the
+            layers give what they gave before, as `kerasllm.export.gptq` says.
         largest_divergence: The largest mean Kullback-Leibler divergence from the model, in nats per
             token, with which a file is written. None: that of `LARGEST_DIVERGENCE`.
         force: Whether the file is written above that, and where memory seems too small.
@@ -245,10 +245,12 @@ def converted(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         file = pathlib.Path(work, "model.tflite")
         report = {"quantize": quantize, "cache_length": cache_length, "signatures": list(shapes)}
-        with contextlib.ExitStack() as stack:
-            if batches:
-                report["calibration_tokens"] = sum(batch.size for batch in batches)
-                stack.enter_context(rounded_weights(model, batches, verbose))
+        rounding = contextlib.nullcontext()
+        if quantize == "int4":
+            batches = batches or own_batches(model)
+            report["calibration_tokens"] = sum(batch.size for batch in batches)
+            rounding = rounded_weights(model, batches, verbose)
+        with rounding:
             report |= convert(model, signatures, file, quantize, verbose)
         if texts:
             report |= compare_litert(model, tokenizer, file, texts, cache_length)

@@ -140,6 +140,18 @@ def test_the_model_gets_its_weights_back(llama):
     np.testing.assert_array_equal(llama(np.array([[1, 2, 3]])), logits)
 
 
+def test_a_model_writes_its_own_calibration(llama, monkeypatch):
+    monkeypatch.setattr(gptq, "_TOKENS", 128)
+    batches = gptq.own_batches(llama)
+    assert [batch.shape for batch in batches] == [(1, 32)] * 4
+    assert len({batch.tobytes() for batch in batches}) == 4
+    # What follows is likely, though it is drawn.
+    rows = np.concatenate(batches)
+    scores = tf.nn.log_softmax(llama(rows)).numpy()[:, :-1]
+    mean = np.take_along_axis(scores, rows[:, 1:, None], axis=-1).mean()
+    assert mean > scores.mean() + 1
+
+
 def test_the_file_holds_the_matrix_of_4_bits(tmp_path):
     """What the quantiser writes is, number for number, the matrix that comes in."""
     matrix, _ = grid(48, 64)
