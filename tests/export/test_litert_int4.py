@@ -8,7 +8,7 @@ from ai_edge_litert import schema_py_generated as schema
 from reference.weights import randomize
 
 from kerasllm import Llama, LlamaConfig
-from kerasllm.export import export_litert, gptq, litert_worker
+from kerasllm.export import export_litert, gptq, litert, litert_worker
 
 RNG = np.random.default_rng(0)
 
@@ -150,6 +150,26 @@ def test_a_model_writes_its_own_calibration(llama, monkeypatch):
     scores = tf.nn.log_softmax(llama(rows)).numpy()[:, :-1]
     mean = np.take_along_axis(scores, rows[:, 1:, None], axis=-1).mean()
     assert mean > scores.mean() + 1
+
+
+@pytest.mark.parametrize("calibration_texts", [(), ["The sun was warm and the sky was blue."]])
+def test_an_export_converts_rounded_weights(llama, tokenizer, tmp_path, monkeypatch, calibration_texts):
+    monkeypatch.setattr(gptq, "_TOKENS", 64)
+    before = [layer.kernel.numpy() for layer in gptq.layers_of_4_bits(llama)]
+
+    def convert(model, signatures, file, quantize, verbose):
+        for layer, kernel in zip(gptq.layers_of_4_bits(model), before, strict=True):
+            rounded = np.transpose(layer.kernel)
+            np.testing.assert_array_equal(nearest(rounded), rounded)
+            assert not np.array_equal(rounded, kernel.T)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(litert, "convert", convert)
+    settings = {"prefill_lengths": [1], "cache_length": 4, "calibration_texts": calibration_texts}
+    with pytest.raises(RuntimeError, match="far enough"):
+        export_litert(llama, tokenizer, tmp_path / "m.tflite", quantize="int4", **settings)
+    for layer, kernel in zip(gptq.layers_of_4_bits(llama), before, strict=True):
+        np.testing.assert_array_equal(layer.kernel, kernel)
 
 
 def test_the_file_holds_the_matrix_of_4_bits(tmp_path):
