@@ -66,8 +66,10 @@ def test_important_columns_are_stored_more_exactly():
     assert errors[1] < 0.8 * errors[0]
 
 
-def test_rounding_equals_the_definition():
+@pytest.mark.parametrize("columns_at_once", [24, 128])
+def test_rounding_equals_the_definition(monkeypatch, columns_at_once):
     """Hassibi and Stork's optimal brain surgeon, with a new inverse for each column."""
+    monkeypatch.setattr(gptq, "_COLUMNS_AT_ONCE", columns_at_once)
     matrix, inputs = RNG.normal(size=(5, 64)).astype("float32"), correlated(300, 64)
     gram = inputs.T @ inputs
     received = gptq.round_matrix(matrix, gram)
