@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from reference.weights import randomize
@@ -29,12 +30,7 @@ from kerasllm import (
 )
 from kerasllm.export.verify import format_checks, verify_export
 
-# One group: with --dist=loadgroup one process builds the environment and runs them all.
-pytestmark = [
-    pytest.mark.clean_env,
-    pytest.mark.timeout(1800),
-    pytest.mark.xdist_group("clean_env"),
-]
+pytestmark = [pytest.mark.clean_env, pytest.mark.timeout(1800)]
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ["Once upon a time", "The"]
@@ -44,7 +40,9 @@ SERVER = ["grpcio", "tensorflow-serving-api==2.20.*", "uvicorn", "jinja2", "toke
 
 
 def install(python, packages):
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
+    # Few of the modules are imported: they are compiled then.
+    flags = ["--quiet", "--no-compile", "--disable-pip-version-check"]
+    command = [python, "-m", "pip", "install", *flags, *packages]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode and "No matching distribution" in result.stderr:
         pytest.skip(f"needs the package index to install {packages}")
@@ -53,17 +51,20 @@ def install(python, packages):
 
 @pytest.fixture(scope="module")
 def make_python(tmp_path_factory):
-    """Makes Pythons with a version of TensorFlow and nothing else, each once."""
+    """Pythons with a version of TensorFlow and nothing else, each made once and all at the same time."""
 
-    @functools.cache
-    def make(version):
-        folder = tmp_path_factory.mktemp("environment")
+    def make(folder, version):
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         python = str(folder / "bin" / "python")
         install(python, [f"tensorflow=={version}.*", f"tensorflow-text=={version}.*"])
         return python
 
-    return make
+    with ThreadPoolExecutor() as executor:
+        pythons = {
+            version: executor.submit(make, tmp_path_factory.mktemp("environment"), version)
+            for version in VERSIONS
+        }
+        yield lambda version: pythons[version].result()
 
 
 @pytest.fixture

@@ -11,11 +11,7 @@ import pytest
 from google.protobuf import descriptor_pb2
 from tensorflow_serving.apis import model_service_pb2, prediction_service_pb2
 
-pytestmark = [
-    pytest.mark.clean_env,
-    pytest.mark.timeout(1800),
-    pytest.mark.xdist_group("clients"),
-]
+pytestmark = [pytest.mark.clean_env, pytest.mark.timeout(1800)]
 
 SCRIPTS = pathlib.Path(__file__).parent / "clients"
 # What is installed for each script, and what it can do of what is asked for.
