@@ -21,9 +21,10 @@ def run(*arguments):
 
 
 @pytest.mark.timeout(900)
-def test_two_workers():
+def test_two_replicas_and_two_workers():
     """A short last batch, dropout, microbatches, averages, a shared state; the rest is in the slow tier."""
-    run("--replicas", "--workers", "2", "--layers", "1", "--cases", "dropout, microbatches, averaged")
+    cases = ("--cases", "dropout, microbatches, averaged")
+    run("--replicas", "2", "--workers", "2", "--layers", "1", *cases)
 
 
 def run_in_process(*names):
