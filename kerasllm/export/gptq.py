@@ -38,11 +38,12 @@ def round_matrix(matrix: np.ndarray, gram: np.ndarray) -> np.ndarray:
     Returns:
         Float32 `[rows, columns]`: integers from -8 to 7 times a scale for each 32 columns of a row.
     """
-    energy = np.diag(gram)
+    damped = gram.astype("float64")
+    damped[np.diag_indices_from(damped)] += _DAMPING * np.diag(gram).mean() + np.finfo("float32").tiny
+    energy = np.diag(damped)
     scales = np.repeat(block_scales(matrix, energy), BLOCK, axis=1)
     order = np.argsort(-energy, kind="stable")
-    damped = gram[np.ix_(order, order)].astype("float64")
-    damped[np.diag_indices_from(damped)] += _DAMPING * energy.mean() + np.finfo("float32").tiny
+    damped = damped[np.ix_(order, order)]
     # Row i is how the columns behind i make up for an error in i, once all before i are fixed.
     remedies = np.linalg.cholesky(np.linalg.inv(damped)).T.astype("float32")
     left, scales = matrix[:, order].astype("float32"), scales[:, order]
@@ -116,8 +117,9 @@ def rounded_weights(
     kernels = [layer.kernel.numpy() for layer in layers]
     grams = gram_matrices(model, layers, batches)
     try:
-        for layer, kernel, gram in zip(layers, kernels, grams, strict=True):
-            layer.kernel.assign(round_matrix(kernel.T, gram).T)
+        for layer, kernel in zip(layers, kernels, strict=True):
+            # Taken off the list, for what comes now needs the memory.
+            layer.kernel.assign(round_matrix(kernel.T, grams.pop(0)).T)
         if verbose:
             count, seconds = sum(batch.size for batch in batches), time.monotonic() - begin
             print(f"LiteRT: rounded to 4 bits on {count} tokens in {seconds:.1f} s", flush=True)
@@ -143,6 +145,8 @@ def token_batches(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> li
     """
     batches, length, missing = [], min(length, _ROW), _TOKENS
     for text in texts:
+        if not missing:
+            break
         ids = tokenizer.encode(text)[:missing]
         rows = [ids[begin : begin + length] for begin in range(0, len(ids), length)]
         batches += [np.array([row], "int32") for row in rows]

@@ -247,6 +247,8 @@ def converted(
         report = {"quantize": quantize, "cache_length": cache_length, "signatures": list(shapes)}
         rounding = contextlib.nullcontext()
         if quantize == "int4":
+            if verbose and not batches:
+                print("LiteRT: the model writes what its weights are rounded on", flush=True)
             batches = batches or own_batches(model)
             report["calibration_tokens"] = sum(batch.size for batch in batches)
             rounding = rounded_weights(model, batches, verbose)

@@ -53,7 +53,7 @@ def export_litert_encoder(
         with_token_types: Whether there are `token_type_ids`.
         lengths: Lengths of a text; those above the model's context are left out, and a text takes the
             shortest that it fits into.
-        quantize, force, verbose: As in `export_litert`.
+        quantize, force, verbose: As in `export_litert`; `"int4"` chooses scales only, without GPTQ.
 
     Returns:
         The file.
@@ -108,7 +108,7 @@ def export_litert_seq2seq(
         config: Defaults of the generation.
         source_lengths: Lengths of a source; those above the model's context are left out.
         cache_length: Most tokens of an answer.
-        quantize, force, verbose: As in `export_litert`.
+        quantize, force, verbose: As in `export_litert`; `"int4"` chooses scales only, without GPTQ.
 
     Returns:
         The file.

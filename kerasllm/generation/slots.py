@@ -25,8 +25,8 @@ from kerasllm.layers.xla import traced_for_xla
 
 # The most alternatives to a token whose log-probabilities are kept, as many as OpenAI's API may ask for.
 MOST_ALTERNATIVES = 20
-# XLA compiles a step for each of these numbers of rows. Of SmolLM2, 2 and 4 rows take 1.8 times as long as
-# one, 8 take 2.1 times and 16 take 2.8 times.
+# XLA compiles a step for each of these numbers of rows. Of SmolLM2, 4 rows take 1.6 times as long as one,
+# 8 take 2.1 times and 16 take 2.8 times.
 _STEP_ROWS = (1, 4, 8, 16, 32, 64)
 # What `insert` takes beside `KNOBS`. No end of the text comes before `min_new_tokens`.
 FURTHER = (
@@ -298,6 +298,7 @@ class SlotDecoder(tf.Module):
                 most,
             ),
             self._check_ids(token_ids),
+            self._check_read(slot, token_ids),
         ]
         slot, token_ids = after(rules, (slot, token_ids))
         drawing = (temperature, top_k, top_p, min_p, repetition_penalty)
@@ -381,8 +382,12 @@ class SlotDecoder(tf.Module):
         ]
         source, slot, count = after(rules, (source, slot, count))
         written = []
-        for variable in (state.sequences, *tf.nest.flatten(state.cache)):
-            row = variable.sparse_read(source[None])
+        variables = (state.sequences, *tf.nest.flatten(state.cache))
+        axes = (1, *tf.nest.flatten(self._column_axes(state.cache)))
+        for variable, axis in zip(variables, axes, strict=True):
+            # Zeros behind, as `read` leaves them.
+            row = _columns(variable.sparse_read(source[None]), axis, 0, count)
+            row = pad_to(row, tf.constant(length), axis)
             written.append(variable.scatter_update(tf.IndexedSlices(row, slot[None])))
         with tf.control_dependencies([*written, *self._hold(slot[None], count[None])]):
             return {"num_read": tf.identity(count)}
@@ -396,14 +401,9 @@ class SlotDecoder(tf.Module):
         rows, count = tf.unstack(tf.shape(token_ids))
         end, is_fresh = start + count, start <= 0
 
-        def columns(tensor: tf.Tensor, axis: int, begin: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-            where, sizes = [0] * 4, [-1, *tensor.shape[1:]]
-            where[axis], sizes[axis] = begin, size
-            return tf.slice(tensor, where, sizes)
-
         def known() -> list[tf.Tensor]:
             parts = [variable.sparse_read(slots) for variable in variables]
-            return [columns(part, axis, 0, start) for part, axis in zip(parts, axes, strict=True)]
+            return [_columns(part, axis, 0, start) for part, axis in zip(parts, axes, strict=True)]
 
         def nothing() -> list[tf.Tensor]:
             shapes = [[rows, *variable.shape[1:]] for variable in variables]
@@ -435,23 +435,22 @@ class SlotDecoder(tf.Module):
                 )
             )
 
-        def write_new(row: tf.Tensor) -> tf.Tensor:
-            updates = []
-            for variable, part, axis in zip(variables, read, axes, strict=True):
-                where = [slice(None)] * 4
-                where[axis] = slice(start, end)
-                new = columns(part, axis, start, count)[row]
-                updates.append(variable[(slots[row], *where[1:])].assign(new))
-            with tf.control_dependencies(updates):
-                return row + 1
+        def write_new() -> tf.Operation:
+            new = [_columns(part, axis, start, count) for part, axis in zip(read, axes, strict=True)]
 
-        def write_each() -> tf.Operation:
-            first = tf.constant(0)
-            return tf.group(
-                tf.while_loop(lambda row: row < rows, write_new, [first], parallel_iterations=1)
-            )
+            def write(row: tf.Tensor) -> tf.Tensor:
+                updates = []
+                for variable, part, axis in zip(variables, new, axes, strict=True):
+                    where = [slice(None)] * 4
+                    where[axis] = slice(start, end)
+                    updates.append(variable[(slots[row], *where[1:])].assign(part[row]))
+                with tf.control_dependencies(updates):
+                    return row + 1
 
-        return [tf.cond(is_fresh, write_whole, write_each)]
+            first, condition = tf.constant(0), lambda row: row < rows
+            return tf.group(tf.while_loop(condition, write, [first], parallel_iterations=1))
+
+        return [tf.cond(is_fresh, write_whole, write_new)]
 
     def _column_axes(self, cache):
         """Which axis of each part of a cache stands for the places of the text."""
@@ -623,6 +622,14 @@ class SlotDecoder(tf.Module):
         is_free = ~tf.gather(active, slots)
         return rule(is_free, "A slot must be free or have ended. Received: slot {}.", slots)
 
+    def _check_read(self, slot: tf.Tensor, token_ids: tf.Tensor) -> tf.Operation:
+        """Checks that a slot was given a prompt's tokens but the last."""
+        with tf.control_dependencies([self._check_ready(), self._check_slot(slot)]):
+            held = self._packed(self.memory).state.sequences.read_value()[slot]
+        known = token_ids[: self._plain[2]][:-1]
+        message = "The slot must hold the prompt, but for its last token. Received: slot {}."
+        return rule(held[: tf.size(known)] == known, message, slot)
+
     def _check_slot(self, slot: tf.Tensor) -> tf.Operation:
         last = self._plain[1] - 1
         return rule((slot >= 0) & (slot <= last), f"`slot` must be from 0 to {last}. Received: {{}}.", slot)
@@ -655,6 +662,12 @@ def _trimmed(stops: StopStrings) -> StopStrings:
     count = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(stops.lengths > 0, tf.int32), axis=1)), 1)
     longest = tf.maximum(tf.reduce_max(stops.lengths), 1)
     return StopStrings(stops.bytes[:, :count, :longest], stops.lengths[:, :count])
+
+
+def _columns(tensor: tf.Tensor, axis: int, begin: tf.Tensor | int, size: tf.Tensor) -> tf.Tensor:
+    where, sizes = [0] * len(tensor.shape), [-1, *tensor.shape[1:]]
+    where[axis], sizes[axis] = begin, size
+    return tf.slice(tensor, where, sizes)
 
 
 def _without_columns(shape: tf.TensorShape, axis: int) -> list[int | None]:

@@ -418,7 +418,7 @@ def _add_language_models(group: argparse._ArgumentGroup) -> None:
         default=128,
         metavar="N",
         help="most tokens of each prompt that are read between two turns: a long prompt keeps streams "
-        "waiting no longer than so many tokens take (default 128)",
+        "waiting no longer than so many tokens take, several prompts as many times (default 128)",
     )
     _add_boolean(
         group,

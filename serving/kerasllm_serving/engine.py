@@ -30,7 +30,8 @@ Report = Mapping[str, np.ndarray]
 # To copy a slot takes about as long as to read so many tokens.
 _WORTH_A_COPY = 32
 # Parts of prompts are read in one call if they are about as long: to fill one up with more than so many
-# tokens takes longer than a call of its own. With more rows a call takes longer than is worth waiting for.
+# tokens takes longer than a call of its own. More rows save next to nothing, want more memory, and it takes
+# longer until those that are late or cancelled are looked at.
 _WORTH_A_CALL = 32
 _MOST_READ_TOGETHER = 8
 _logger = logging.getLogger(__name__)
@@ -187,7 +188,8 @@ class _Running:
 class Engine:
     """Runs rows of many requests as one batch.
 
-    Rows take free slots in the order in which they came, and wait in a bounded queue until there is one.
+    Rows take free slots in the order in which they came, and wait in a bounded queue until there is one, or
+    until what they go on from has been read for another.
     What a row makes does not depend on the rows beside it. While a row with a constraint is among them, all
     make one token at a time.
 
@@ -424,7 +426,7 @@ class Engine:
     def _next_part(self, row: _Running) -> Sequence[int]:
         """The tokens of a prompt that are read next, without its last, which a step reads."""
         prompt, begin = row.request.token_ids, row.read_tokens
-        # Something is read in any case: it clears what an earlier row has left.
+        # A prompt of one token is read too: this clears what an earlier row has left.
         return prompt[begin : min(begin + self._prefill_chunk, max(len(prompt) - 1, 1))]
 
     def _begin(self, slot: int, end: int) -> bool:
@@ -445,6 +447,8 @@ class Engine:
 
     def _give_up(self, slot: int, error: Exception) -> None:
         """Ends the job of a row that has not begun."""
+        if not isinstance(error, ServingError):
+            _logger.error("A prompt could not be read", exc_info=error)
         row = self._running.pop(slot)
         self._held[slot] = []
         self._fail(row.job, _as_serving_error(error))
@@ -474,9 +478,11 @@ class Engine:
 
     def _will_be_read(self, prompt: Sequence[int]) -> bool:
         """Whether more of a prompt's beginning will be in a slot soon than is in any now."""
-        known = max(_count_common(tokens, prompt) for tokens in self._held.values())
-        soon = (row.request.token_ids for row in self._running.values() if not row.has_begun)
-        return any(_count_common(tokens[:-1], prompt[:-1]) > known + _WORTH_A_COPY for tokens in soon)
+        half_read = [row.request.token_ids for row in self._running.values() if not row.has_begun]
+        soon = max((_count_common(tokens[:-1], prompt[:-1]) for tokens in half_read), default=0)
+        if soon <= _WORTH_A_COPY:
+            return False
+        return soon > _WORTH_A_COPY + max(_count_common(held, prompt) for held in self._held.values())
 
     def _take_over(self, slot: int, prompt: Sequence[int]) -> int:
         """Looks for the beginning of a prompt in all slots; returns how many tokens of it the slot has."""

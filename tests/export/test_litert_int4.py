@@ -76,7 +76,7 @@ def test_rounding_equals_the_definition(monkeypatch, columns_at_once):
 
     energy = np.diag(gram).astype("float64")
     damped = gram + 0.01 * energy.mean() * np.eye(64)
-    scales = np.repeat(litert_worker.block_scales(matrix, np.diag(gram)), 32, axis=1)
+    scales = np.repeat(litert_worker.block_scales(matrix, np.diag(damped)), 32, axis=1)
     wanted, left = matrix.astype("float64"), np.argsort(-energy)
     while len(left):
         first, inverse = left[0], np.linalg.inv(damped[np.ix_(left, left)])
@@ -102,7 +102,7 @@ def test_columns_that_are_always_zero_do_no_harm():
     inputs[:, 3] = 0
     rounded = gptq.round_matrix(matrix, inputs.T @ inputs)
     assert np.isfinite(rounded).all()
-    assert np.isfinite(gptq.round_matrix(matrix, np.zeros((32, 32), "float32"))).all()
+    np.testing.assert_array_equal(gptq.round_matrix(matrix, np.zeros((32, 32), "float32")), nearest(matrix))
 
 
 @pytest.fixture(scope="module")

@@ -164,6 +164,28 @@ def test_a_prompt_in_parts_and_one_taken_over(request, fixture, random_lm):
     check(row(2), taken)
 
 
+@pytest.mark.parametrize("fixture", ["random_loaded", "compiled_loaded"])
+def test_what_is_no_number_is_not_taken_over(request, fixture, random_lm):
+    """Behind the place up to which a slot is copied there may be anything."""
+    slots = request.getfixturevalue(fixture).slots
+    slots.reset()
+    prompt = random_lm.tokenizer.encode("Once upon a time there was a small box.")
+    knobs = arguments(next(random_requests(1, seed=5)) | {"max_new_tokens": 8, "stop": []})
+    begin(slots, 2, prompt, **knobs)
+    read(slots, {0: prompt[:8]}, 0)
+    for variable in slots.memory:
+        if variable.shape.rank == 4:  # the cache
+            rows = variable.numpy()
+            np.moveaxis(rows, rows.shape.index(64), -1)[0, ..., 6:] = np.nan
+            variable.assign(rows)
+    slots.copy(source=tf.constant(0), slot=tf.constant(1), count=tf.constant(6))
+    read(slots, {1: prompt[6:-1]}, 6)
+    slots.insert(slot=tf.constant(1), token_ids=tf.constant(prompt), **knobs)
+    report = slots.step(steps=tf.constant(8), **NO_MASKS)
+    assert report["token_ids"][1].numpy().tolist() == report["token_ids"][2].numpy().tolist()
+    assert np.isfinite(report["logprobs"][1]).all()
+
+
 def test_alternatives_and_penalties(random_loaded, random_lm):
     """Log-probabilities, and what `insert` takes beside the knobs, are the task's."""
     slots = random_loaded.slots
@@ -256,6 +278,9 @@ def test_bad_input(random_loaded):
     slots.reset()
     request = next(random_requests(1, seed=1))
     good = {"slot": tf.constant(0), "token_ids": tf.constant([5, 6]), **arguments(request)}
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must hold the prompt, but .*: slot 0"):
+        slots.insert(**good)
+    read(slots, {0: [5], 1: [5]}, 0)
     slots.insert(**{**good, "max_new_tokens": tf.constant(30), "stop": tf.zeros([0], tf.string)})
     part = {"slots": [1, 2], "token_ids": [[5, 6], [7, 0]], "counts": [2, 1], "start": 1}
     for change, message in (

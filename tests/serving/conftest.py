@@ -210,7 +210,8 @@ def start_server(
     """Starts servers, waits until they are ready, and ends them after the tests.
 
     Warming up, with the optimizer of graphs, takes most of a start. So servers go without, but for those
-    that are started `as_users_do`; those of tests/test_cli.py and tests/test_clean_env.py have both, too.
+    that are started `as_users_do`, as where it counts how an error of the graph begins; those of
+    tests/test_cli.py and tests/test_clean_env.py have both, too.
     """
     processes = []
     session = tmp_path_factory.mktemp("session") / "config"
@@ -252,7 +253,7 @@ def start_server(
 @pytest.fixture(scope="session")
 def server(start_server: Callable[..., ServerProcess]) -> ServerProcess:
     """The server that most tests share."""
-    return start_server("--model_name=test_model")
+    return start_server("--model_name=test_model", as_users_do=True)
 
 
 def read_line(process: subprocess.Popen, timeout: float) -> str:

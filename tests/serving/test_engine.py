@@ -260,6 +260,12 @@ def test_a_long_prompt_is_read_between_steps(make_engine):
     parts = [("read", start, {1: prompts[0][start : min(start + 8, 29)]}) for start in (0, 8, 16, 24)]
     between = [("step",)] * 3
     assert model.log[first : first + 7] == [*itertools.chain(*zip(parts, between, strict=False)), parts[3]]
+    read_tokens = 0
+    for name, *entry in model.log[first:]:
+        read_tokens += sum(map(len, entry[1].values())) if name == "read" else 0
+        assert read_tokens <= 8
+        if name == "step":
+            read_tokens = 0
     order = [entry[2] for entry in model.all("insert")]
     assert order == [1, 2, 40, 50]
     # A row that is cancelled while its prompt is read frees its slot.
@@ -462,6 +468,28 @@ def test_a_failed_step_ends_its_rows_and_nothing_else(make_engine):
     with pytest.raises(ServingError, match="The model failed") as error:
         failed.rest()
     assert error.value.code == grpc.StatusCode.INTERNAL
+    assert text_of(Collected(engine, RowRequest(token_ids=[1], max_new_tokens=3)).rest()[0]) == "abc"
+
+
+def test_a_prompt_that_fails_ends_alone(make_engine, monkeypatch, caplog):
+    """What is read in one call with it ends too; what runs goes on."""
+    model = Wide()
+    engine = make_engine(model)
+    running = Collected(engine, RowRequest(token_ids=[1], max_new_tokens=40))
+    first = running.pieces.get(timeout=SECONDS)
+    for name in ("read", "insert"):
+        with monkeypatch.context() as patch:
+
+            def fail(*arguments):
+                raise RuntimeError("the model is broken")
+
+            patch.setattr(model, name, fail)
+            with pytest.raises(ServingError, match="The model failed") as error:
+                Collected(engine, *[RowRequest(token_ids=[2, 3], max_new_tokens=5)] * 2).rest()
+        assert error.value.code == grpc.StatusCode.INTERNAL
+        assert "A prompt could not be read" in caplog.text
+        caplog.clear()
+    assert len(ids_of([first, *running.rest()[0]])) == 40
     assert text_of(Collected(engine, RowRequest(token_ids=[1], max_new_tokens=3)).rest()[0]) == "abc"
 
 
