@@ -376,34 +376,34 @@ class Engine:
         """Reads a part of each prompt that can be read; returns whether rows have begun."""
         seen: set[int] = set()
         has_begun = False
-        while not self._must_end and (slots := self._next_to_read(seen)):
-            seen.update(slots)
-            start = self._running[slots[0]].read_tokens
-            parts = {slot: part for slot in slots if (part := self._next_part(self._running[slot]))}
+        while not self._must_end and (parts := self._next_to_read(seen)):
+            seen.update(parts)
+            start = self._running[next(iter(parts))].read_tokens
             try:
-                if parts:
-                    self.model.read(parts, start)
+                if new := {slot: part for slot, part in parts.items() if part}:
+                    self.model.read(new, start)
             except Exception as error:
-                for slot in slots:
+                for slot in parts:
                     self._give_up(slot, error)
                 continue
             self._end_late_jobs()  # To read takes long.
-            for slot in slots:
-                has_begun |= self._begin(slot, start + len(parts.get(slot, ())))
+            for slot, part in parts.items():
+                has_begun |= self._begin(slot, start + len(part))
         return has_begun
 
-    def _next_to_read(self, seen: Collection[int]) -> list[int]:
-        """Finds the slots of prompts that can be read in one call.
+    def _next_to_read(self, seen: Collection[int]) -> dict[int, Sequence[int]]:
+        """Finds parts of prompts that can be read in one call.
 
         Args:
             seen: Slots that have had their turn.
 
         Returns:
-            The slots; none: all have had their turn.
+            The parts, from the same place of each prompt on, by slots; empty where all of it is known. No
+            slots: all have had their turn.
         """
-        found: list[int] = []
+        found: dict[int, Sequence[int]] = {}
+        start = 0
         half_read = [slot for slot, row in self._running.items() if not row.has_begun and slot not in seen]
-        sizes: list[int] = []
         while len(found) < _MOST_READ_TOGETHER:
             slot = half_read.pop(0) if half_read else self._next_row()
             if slot is None:
@@ -411,14 +411,10 @@ class Engine:
             row = self._running[slot]
             if row.job.is_over:  # The next turn frees the slot.
                 continue
-            size = len(self._next_part(row))
-            fits = not found or (
-                row.read_tokens == self._running[found[0]].read_tokens
-                and max(*sizes, size) - min(*sizes, size) <= _WORTH_A_CALL
-            )
-            if fits:
-                found.append(slot)
-                sizes.append(size)
+            part = self._next_part(row)
+            sizes = [len(each) for each in (*found.values(), part)]
+            if not found or (row.read_tokens == start and max(sizes) - min(sizes) <= _WORTH_A_CALL):
+                found[slot], start = part, row.read_tokens
             elif not half_read:
                 break  # for the next call
         return found
