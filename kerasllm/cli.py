@@ -252,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration-data",
         nargs="+",
         metavar="PATH",
-        help="for int4: texts for which the weights are rounded (default: what the model writes)",
+        help="for int8 and int4: texts that the export is fitted to (default: what the model writes)",
     )
     devices.add_argument(
         "--cache-length", type=int, metavar="TOKENS", help="most tokens of prompt and answer"

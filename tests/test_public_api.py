@@ -75,11 +75,36 @@ def test_public_names_are_documented(module):
             assert all(p.annotation is not p.empty for p in parameters), name
 
 
+def in_new_process(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
 def test_import_leaves_servers_and_text_ops_alone():
-    code = (
-        "import sys, kerasllm; "
+    printed = in_new_process(
+        "import sys; from kerasllm import CausalLM; "
         "heavy = ('tensorflow_text', 'grpc', 'kerasllm_serving', 'uvicorn', 'llguidance', 'keras_hub', "
         "'torch', 'transformers'); print([m for m in heavy if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert printed == "[]"
+
+
+def test_what_runs_exports_leaves_tensorflow_alone():
+    printed = in_new_process(
+        "import sys, kerasllm, kerasllm.litert, kerasllm.litertlm, kerasllm.cli; "
+        "print([m for m in ('tensorflow', 'keras', 'jax', 'torch') if m in sys.modules])"
+    )
+    assert printed == "[]"
+
+
+def test_names_are_there_when_they_are_asked_for():
+    """Keras too knows the layers at once, where it was imported before."""
+    code = "import kerasllm; print(kerasllm.Llama, kerasllm.export.Batching, 'T5' in dir(kerasllm))"
+    printed = in_new_process(
+        f"{code}; print(hasattr(kerasllm, 'Lama'), hasattr(kerasllm, '_Llama'))"
+    ).split("\n")
+    assert "models.llama.Llama" in printed[0] and "Batching" in printed[0] and printed[0].endswith("True")
+    assert printed[1] == "False False"
+    code = "import keras, kerasllm; print(keras.saving.get_registered_object('kerasllm>Llama'))"
+    assert "models.llama.Llama" in in_new_process(code)

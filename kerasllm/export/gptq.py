@@ -11,18 +11,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from kerasllm.export.calibration import see_inputs
 from kerasllm.export.litert_worker import BLOCK, block_scales, round_to_integers
-from kerasllm.generation import Engine, GenerationConfig, Row
 from kerasllm.layers.dense import Dense
 from kerasllm.models import LanguageModel
-from kerasllm.tokenizers import Tokenizer
 
 # Columns that are rounded one by one before the rest learns of it: one large product instead of many small.
 _COLUMNS_AT_ONCE = 128
 # Added to the diagonal, as a share of its mean, as in the paper: few tokens do not say all too exactly.
 _DAMPING = 0.01
-# What a model is calibrated with: so many tokens, in rows of so many.
-_TOKENS, _ROW = 8192, 256
+# So many tokens are enough to know how the inputs of a layer go together.
+TOKENS = 8192
 
 
 def round_matrix(matrix: np.ndarray, gram: np.ndarray) -> np.ndarray:
@@ -82,22 +81,10 @@ def gram_matrices(
     """
     sums = [np.zeros((layer.kernel.shape[0],) * 2, "float32") for layer in layers]
 
-    def watch(layer, total):
-        def call(inputs, training=None):
-            rows = np.reshape(inputs, (-1, total.shape[0]))
-            total[...] += rows.T @ rows
-            return type(layer).call(layer, inputs, training=training)
+    def add_to(total):
+        return lambda inputs: np.add(total, inputs.T @ inputs, out=total)
 
-        layer.call = call
-
-    try:
-        for layer, total in zip(layers, sums, strict=True):
-            watch(layer, total)
-        for batch in batches:
-            model(batch, with_head=False)
-    finally:
-        for layer in layers:
-            del layer.call
+    see_inputs(model, layers, [add_to(total) for total in sums], batches)
     return sums
 
 
@@ -127,53 +114,3 @@ def rounded_weights(
     finally:
         for layer, kernel in zip(layers, kernels, strict=True):
             layer.kernel.assign(kernel)
-
-
-def token_batches(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> list[np.ndarray]:
-    """Cuts texts into rows of ids, until there are enough to calibrate with.
-
-    Args:
-        tokenizer: The tokenizer.
-        texts: The texts.
-        length: Most tokens of a row.
-
-    Returns:
-        Int32 `[1, length]` each, the last row of a text shorter.
-
-    Raises:
-        ValueError: If the texts are empty.
-    """
-    batches, length, missing = [], min(length, _ROW), _TOKENS
-    for text in texts:
-        if not missing:
-            break
-        ids = tokenizer.encode(text)[:missing]
-        rows = [ids[begin : begin + length] for begin in range(0, len(ids), length)]
-        batches += [np.array([row], "int32") for row in rows]
-        missing -= len(ids)
-    if not batches:
-        raise ValueError("`calibration_texts` must hold tokens. Received: none")
-    return batches
-
-
-def own_batches(model: LanguageModel) -> list[np.ndarray]:
-    """Lets a model write what it is calibrated with, from tokens drawn at random on.
-
-    So it needs no texts, and those that it writes are of the kinds that it knows. Liu et al.: "LLM-QAT:
-    Data-Free Quantization Aware Training for Large Language Models" (2023).
-
-    Args:
-        model: The model.
-
-    Returns:
-        Int32 `[1, length]` each.
-    """
-    length = min(model.config.context_length, _ROW)
-    starts = np.random.default_rng(0).integers(model.config.vocabulary_size, size=_TOKENS // length)
-    settings = {"max_new_tokens": length - 1, "temperature": 1.0}
-    # Without tokens that end them: all rows are full.
-    rows = [Row([int(id)], GenerationConfig(**settings, seed=seed)) for seed, id in enumerate(starts)]
-    batch = Engine(model).start(rows)
-    while batch.active.any():
-        batch.advance(length)
-    return [np.array([[*row.prompt, *batch.new_ids(n)]], "int32") for n, row in enumerate(rows)]

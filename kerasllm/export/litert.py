@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kerasllm.export import litert_worker
-from kerasllm.export.gptq import layers_of_4_bits, own_batches, rounded_weights, token_batches
+from kerasllm.export import gptq, litert_worker, smooth
+from kerasllm.export.calibration import own_batches, token_batches
 from kerasllm.files import write_json
 from kerasllm.generation import GenerationConfig, cache_names, check_vocabularies
 from kerasllm.layers.table import TableFunctions, tables_used_with
@@ -26,6 +26,12 @@ from kerasllm.tokenizers import Tokenizer
 
 # The largest mean divergence from the float32 model, in nats per token, at which an export is written.
 LARGEST_DIVERGENCE = {None: 1e-3, "fp16": 1e-2, "int8": 0.1, "int4": 0.5, "int8_weights": 0.03}
+# For those that learn from texts: the recipe of the worker, what changes the weights while it runs, and of
+# how many tokens.
+_CALIBRATED = {
+    "int8": ("int8_smoothed", smooth.smoothed, smooth.TOKENS),
+    "int4": ("int4", gptq.rounded_weights, gptq.TOKENS),
+}
 # So many times the float32 weights is what the converter needs at its peak, measured with 135 million.
 _CONVERTER_MEMORY = 11
 # Cache of a model with a longer context: attention reads all of it for each token.
@@ -134,15 +140,15 @@ def export_litert(
         decode_lengths: Lengths of a text up to which there is a `decode_<M>` of its own, which is quicker;
             each needs memory of its own in the runtime. Those not below `cache_length` are left out.
         quantize: `"int8"`: weights of 8 bits with a scale per row. `"int4"`: weights of 4 bits in blocks
-            of 32, token table and head of 8. Both quantise the activations as they come, `"int8"` only
-            outside of the attention; that can cost more than a divergence on prose shows, in chats most.
-            `"int8_weights"`: weights of 8 bits that are widened, so that all activations stay float32:
-            hardly any divergence, and about the speed of float32. `"fp16"`: weights of 16 bits. None:
-            float32.
+            of 32, token table and head of 8. Both quantise the activations as they come; that can cost
+            more than a divergence on prose shows, in chats most. `"int8_weights"`: weights of 8 bits that
+            are widened, so that all activations stay float32: hardly any divergence, and about the speed
+            of float32. `"fp16"`: weights of 16 bits. None: float32.
         texts: Held-out texts on which the export is compared with the model; none: it is not compared.
-        calibration_texts: For `"int4"`: texts such as the model is going to read, of which about 8,000
-            tokens are used; none: texts that the model writes. Weights are rounded so that on them the
-            layers give what they gave before, as `kerasllm.export.gptq` says.
+        calibration_texts: For `"int8"` and `"int4"`: texts such as the model is going to read, of which
+            2,048 and 8,192 tokens are used; none: texts that the model writes. On them activations are
+            made fit for 8 bits, as `kerasllm.export.smooth` says, and weights of 4 bits are rounded so
+            that the layers give what they gave before, as `kerasllm.export.gptq` says.
         largest_divergence: The largest mean Kullback-Leibler divergence from the model, in nats per
             token, with which a file is written. None: that of `LARGEST_DIVERGENCE`.
         force: Whether the file is written above that, and where memory seems too small.
@@ -226,10 +232,14 @@ def converted(
         raise ValueError(f"`prefill_lengths` must be at least 1 each. Received: {prefill_lengths}")
     if decode_lengths and min(decode_lengths) < 1:
         raise ValueError(f"`decode_lengths` must be at least 1 each. Received: {decode_lengths}")
-    if calibration_texts and quantize != "int4":
-        raise ValueError(f'`calibration_texts` are for quantize="int4". Received: quantize={quantize!r}')
+    if calibration_texts and quantize not in _CALIBRATED:
+        raise ValueError(
+            f"`calibration_texts` are for quantize={' or '.join(map(repr, _CALIBRATED))}. "
+            f"Received: quantize={quantize!r}"
+        )
     check_convertible(model, tokenizer, quantize, force, runs=bool(texts))
-    batches = token_batches(tokenizer, calibration_texts, context) if calibration_texts else []
+    kind, change, tokens = _CALIBRATED.get(quantize, (quantize, None, 0))
+    batches = token_batches(tokenizer, calibration_texts, context, tokens) if calibration_texts else []
 
     shapes = {f"prefill_{n}": (n, cache_length) for n in sorted(set(prefill_lengths)) if n <= cache_length}
     shapes = shapes or {"prefill_1": (1, cache_length)}
@@ -245,15 +255,13 @@ def converted(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         file = pathlib.Path(work, "model.tflite")
         report = {"quantize": quantize, "cache_length": cache_length, "signatures": list(shapes)}
-        rounding = contextlib.nullcontext()
-        if quantize == "int4":
+        if change:
             if verbose and not batches:
-                print("LiteRT: the model writes what its weights are rounded on", flush=True)
-            batches = batches or own_batches(model)
+                print("LiteRT: the model writes what it is calibrated on", flush=True)
+            batches = batches or own_batches(model, tokens)
             report["calibration_tokens"] = sum(batch.size for batch in batches)
-            rounding = rounded_weights(model, batches, verbose)
-        with rounding:
-            report |= convert(model, signatures, file, quantize, verbose)
+        with change(model, batches, verbose) if change else contextlib.nullcontext():
+            report |= convert(model, signatures, file, kind, verbose)
         if texts:
             report |= compare_litert(model, tokenizer, file, texts, cache_length)
             bound = LARGEST_DIVERGENCE[quantize] if largest_divergence is None else largest_divergence
@@ -304,7 +312,7 @@ def check_convertible(
                 f"This export needs an extra: pip install 'kerasllm[litert]'. There is no {module}."
             )
     if quantize == "int4":
-        widths = {layer.kernel.shape[0] for layer in layers_of_4_bits(model)}
+        widths = {layer.kernel.shape[0] for layer in gptq.layers_of_4_bits(model)}
         if odd := sorted(width for width in widths if width % litert_worker.BLOCK):
             raise ValueError(
                 f"Weights of 4 bits need layers whose inputs' widths are multiples of "
@@ -367,7 +375,7 @@ def convert(
         model: The model, whose weights the functions use.
         signatures: Concrete functions of fixed shapes, by name.
         target: The `.tflite` to write.
-        quantize: As in `export_litert`.
+        quantize: A recipe of `litert_worker.recipe`, or None.
         verbose: Whether to print what is done.
 
     Returns:
@@ -478,7 +486,7 @@ def format_report(report: dict[str, Any]) -> str:
     """Returns the lines that say what an export is like, of a report as `report.json` holds it."""
     weights = report["quantize"] or "float32"
     if "calibration_tokens" in report:
-        weights += f", rounded on {report['calibration_tokens']} tokens"
+        weights += f", calibrated on {report['calibration_tokens']} tokens"
     rows = [
         ("weights", weights),
         ("size", f"{report['size_bytes'] / 1e6:.1f} MB (float32: {report['weight_bytes'] / 1e6:.1f} MB)"),

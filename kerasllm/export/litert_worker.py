@@ -101,7 +101,7 @@ def score_names(model: bytes, rows: int) -> list[str]:
 
 
 def recipe(kind: str, heads: list[str]) -> list[dict]:
-    """The quantiser's recipe for a kind: int8, int4, int8_weights or fp16.
+    """The quantiser's recipe for a kind.
 
     Matrices and the token table only. One scale per row, and the same rule for every use of the tied
     table, or it would be stored twice.
@@ -109,7 +109,9 @@ def recipe(kind: str, heads: list[str]) -> list[dict]:
     Args:
         kind: `"int8"`: weights of 8 bits, multiplied with activations that are quantised as they come, but
             not in the attention, whose inputs are widest apart: there the weights are widened.
-            `"int4"`: the same with weights of 4 bits in blocks of 32, but 8 bits for table and head.
+            `"int8_smoothed"`: the same, in the attention too, for a model whose inputs are no longer so.
+            `"int4"`: weights of 4 bits in blocks of 32, but 8 bits for table and head, and activations
+            quantised as they come.
             `"int8_weights"`: weights of 8 bits, which are widened when they are used.
             `"fp16"`: weights of 16 bits, which are widened when the model is loaded.
         heads: What `score_names` returns.
@@ -128,13 +130,13 @@ def recipe(kind: str, heads: list[str]) -> list[dict]:
         for operation in (matrix, table):
             rules.add_weight_only_config(regex=".*", operation_name=operation, num_bits=8)
         return rules.get_quantization_recipe()
-    bits = {"int8": 8, "int4": 4}[kind]
+    bits = {"int8": 8, "int8_smoothed": 8, "int4": 4}[kind]
     blocks = {}
     if bits == 4:
         blocks = {"granularity": qtyping.QuantGranularity.BLOCKWISE_32, "algorithm_key": _OUR_PLACE}
     rules.add_dynamic_config(regex=".*", operation_name=matrix, num_bits=bits, **blocks)
     rules.add_dynamic_config(regex=".*", operation_name=table, num_bits=8)
-    if bits == 8:  # a later rule goes before an earlier one
+    if kind == "int8":  # a later rule goes before an earlier one
         rules.add_weight_only_config(regex="attention", operation_name=matrix, num_bits=8)
     if bits != 8 and heads:
         regex = "|".join(sorted({f"^{re.escape(name)}" for name in heads}))

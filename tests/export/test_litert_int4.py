@@ -8,7 +8,7 @@ from ai_edge_litert import schema_py_generated as schema
 from reference.weights import randomize
 
 from kerasllm import Llama, LlamaConfig
-from kerasllm.export import export_litert, gptq, litert, litert_worker
+from kerasllm.export import calibration, export_litert, gptq, litert, litert_worker
 
 RNG = np.random.default_rng(0)
 
@@ -142,9 +142,8 @@ def test_the_model_gets_its_weights_back(llama):
     np.testing.assert_array_equal(llama(np.array([[1, 2, 3]])), logits)
 
 
-def test_a_model_writes_its_own_calibration(llama, monkeypatch):
-    monkeypatch.setattr(gptq, "_TOKENS", 128)
-    batches = gptq.own_batches(llama)
+def test_a_model_writes_its_own_calibration(llama):
+    batches = calibration.own_batches(llama, 128)
     assert [batch.shape for batch in batches] == [(1, 32)] * 4
     assert len({batch.tobytes() for batch in batches}) == 4
     # What follows is likely, though it is drawn.
@@ -156,7 +155,7 @@ def test_a_model_writes_its_own_calibration(llama, monkeypatch):
 
 @pytest.mark.parametrize("calibration_texts", [(), ["The sun was warm and the sky was blue."]])
 def test_an_export_converts_rounded_weights(llama, tokenizer, tmp_path, monkeypatch, calibration_texts):
-    monkeypatch.setattr(gptq, "_TOKENS", 64)
+    monkeypatch.setitem(litert._CALIBRATED, "int4", (*litert._CALIBRATED["int4"][:2], 64))
     before = [layer.kernel.numpy() for layer in gptq.layers_of_4_bits(llama)]
 
     def convert(model, signatures, file, quantize, verbose):
@@ -201,8 +200,8 @@ def test_the_file_holds_the_matrix_of_4_bits(tmp_path):
     ("arguments", "message"),
     [
         (
-            {"quantize": "int8", "calibration_texts": ["a"]},
-            'are for quantize="int4". Received: quantize=.int8',
+            {"quantize": "fp16", "calibration_texts": ["a"]},
+            "are for quantize='int8' or 'int4'. Received: quantize='fp16'",
         ),
         ({"quantize": "int4", "calibration_texts": [""]}, "must hold tokens"),
     ],
