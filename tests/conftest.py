@@ -36,7 +36,7 @@ def pytest_collection_finish():
 def pytest_runtest_setup(item):
     """Graphs that run a few times are not worth Grappler's work, except where it is what a test is about.
 
-    Processes that tests start have it as users do, but for servers: see `start_server`.
+    Processes that tests start have it as users do.
     """
     is_wanted = any(item.get_closest_marker(name) for name in ("grappler", "slow"))
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not is_wanted})

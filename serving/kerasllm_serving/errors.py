@@ -25,11 +25,12 @@ _HTTP_STATUS = {
 }
 _CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
-# What TensorFlow's Python session puts around the message of the failing op.
+# What TensorFlow's Python session puts around the message of the failing op, and the runtime of functions.
 _PREFIX = re.compile(r"^Graph execution error:\s*")
+_FUNCTIONS = re.compile(r"^(\{\{(function_)?node [^{}]*\}\}\s*)+")
 _SEVERAL_ROOTS = re.compile(r"^\d+ root error\(s\) found\.\s*\(0\) [A-Z_]+: ")
 _WHERE_DEFINED = re.compile(r"^Detected at node.*?^Node: '[^\n]*'\n", re.DOTALL | re.MULTILINE)
-_NODE_TRAILER = re.compile(r"\s*\[\[\{\{.*", re.DOTALL)
+_NODE_TRAILER = re.compile(r"\s*\n\t \[\[.*", re.DOTALL)
 _STACK_TRAILER = re.compile(r"\s*Original stack trace for .*", re.DOTALL)
 
 
@@ -79,6 +80,7 @@ def clean_message(message: str) -> str:
     message = _PREFIX.sub("", message)
     message = _SEVERAL_ROOTS.sub("", message)
     message = _WHERE_DEFINED.sub("", message)
+    message = _FUNCTIONS.sub("", message)
     message = _NODE_TRAILER.sub("", message)
     message = _STACK_TRAILER.sub("", message)
     return message.strip()

@@ -14,7 +14,7 @@ from kerasllm_serving.chat import ChatTemplate
 from kerasllm_serving.constraints import ConstraintFactory
 from kerasllm_serving.engine import Report, RowRequest
 from kerasllm_serving.errors import StartupError, invalid_argument
-from kerasllm_serving.model import Servable
+from kerasllm_serving.model import MANIFEST, Servable
 from kerasllm_serving.tool_calls import CallForm, find_call_form
 
 _EXTRA = "assets.extra"
@@ -41,7 +41,7 @@ class LanguageModel:
         self.name = name
         self.servable = servable
         self.created = int((path / "saved_model.pb").stat().st_mtime)
-        self.manifest = read_json(path / _EXTRA / "kerasllm_manifest.json")
+        self.manifest = read_json(path / MANIFEST)
         card = path / _EXTRA / "README.md"
         self.card = card.read_text("utf-8", "replace") if self.manifest and card.is_file() else None
         # Signatures of these names in folders of others are something else.

@@ -209,16 +209,12 @@ def start_server(
 ) -> Iterator[Callable[..., ServerProcess]]:
     """Starts servers, waits until they are ready, and ends them after the tests.
 
-    Warming up, with the optimizer of graphs, takes most of a start. So servers go without, but for those
-    that are started `as_users_do`, as where it counts how an error of the graph begins; those of
-    tests/test_cli.py and tests/test_clean_env.py have both, too.
+    Warming up takes most of a start. So servers go without, but for those that are started with
+    `warms_up`; those of tests/test_cli.py and tests/test_clean_env.py do it, too.
     """
     processes = []
-    session = tmp_path_factory.mktemp("session") / "config"
-    session.write_text("graph_options { rewrite_options { disable_meta_optimizer: true } }")
-    quick_flags = (f"--tensorflow_session_config_file={session}", "--enable_model_warmup=false")
 
-    def start(*flags: str, as_users_do: bool = False) -> ServerProcess:
+    def start(*flags: str, warms_up: bool = False) -> ServerProcess:
         log = tmp_path_factory.mktemp("log") / "stderr.txt"
         rest_port = free_port()
         has_source = any(flag.startswith(("--model_base_path", "--model_config_file")) for flag in flags)
@@ -229,7 +225,7 @@ def start_server(
             "--host=127.0.0.1",
             "--port=0",
             f"--rest_api_port={rest_port}",
-            *(() if as_users_do else quick_flags),
+            f"--enable_model_warmup={'true' if warms_up else 'false'}",
             *flags,
         ]
         environment = {**os.environ, "PYTHONPATH": str(SERVING_FOLDER)}
@@ -253,7 +249,7 @@ def start_server(
 @pytest.fixture(scope="session")
 def server(start_server: Callable[..., ServerProcess]) -> ServerProcess:
     """The server that most tests share."""
-    return start_server("--model_name=test_model", as_users_do=True)
+    return start_server("--model_name=test_model")
 
 
 def read_line(process: subprocess.Popen, timeout: float) -> str:

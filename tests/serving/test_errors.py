@@ -29,6 +29,22 @@ from kerasllm_serving.errors import ServingError, clean_message, from_tensorflow
             "first",
         ),
         ("two\nlines\n\t [[{{function_node f}}{{node a}}]]", "two\nlines"),
+        # Of graphs that are not optimized, and where the message itself has what looks like a node.
+        (
+            "{{function_node __inference_signature_wrapper_f_23}} {{function_node __inference_f_17}} "
+            "no number: x\n\t [[{{function_node __inference_f_17}}{{node a/b}}]]\n\t [[PartitionedCall]]",
+            "no number: x",
+        ),
+        ("{{node a/b}} no number: x\n\t [[{{node a/b}}]]", "no number: x"),
+        (
+            "2 root error(s) found.\n  (0) INVALID_ARGUMENT: {{function_node f}} first\n\t [[{{node a}}]]\n"
+            "  (1) CANCELLED: {{function_node f}} second",
+            "first",
+        ),
+        (
+            "{{function_node f_23}} no number: {{node x}} [[y]]\n\t [[f/a]]\n\t [[f]]",
+            "no number: {{node x}} [[y]]",
+        ),
     ],
 )
 def test_clean_message(message, cleaned):

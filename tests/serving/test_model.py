@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from kerasllm_serving.errors import ServingError, StartupError
-from kerasllm_serving.model import Servable, find_versions
+from kerasllm_serving.model import MANIFEST, ModelOptions, Servable, find_versions, session_config_of
+from tensorflow.core.protobuf import config_pb2
+
+from kerasllm.export import extra
 
 
 @pytest.fixture
@@ -105,3 +108,38 @@ def test_a_graph_of_tensorflow_1(tmp_path):
     with pytest.raises(ServingError, match=r"^assertion failed: \[x must be positive[^{]*$"):
         servable.run({"x:0": np.float32([-1])}, [outputs["y"].name])
     servable.close()
+
+
+@pytest.fixture
+def like_an_export(version_folder):
+    """The same folder as if kerasllm had written it."""
+    (version_folder / MANIFEST).parent.mkdir()
+    (version_folder / MANIFEST).write_text("{}")
+    return version_folder
+
+
+def test_exports_of_kerasllm_go_without_grappler(saved_model, like_an_export):
+    def is_off(path, config=None):
+        found = session_config_of(path, ModelOptions(session_config=config))
+        assert config is None or found.intra_op_parallelism_threads == config.intra_op_parallelism_threads
+        return found.graph_options.rewrite_options.disable_meta_optimizer
+
+    assert MANIFEST.name == extra.MANIFEST
+    assert is_off(like_an_export) and not is_off(saved_model)
+    given = config_pb2.ConfigProto(intra_op_parallelism_threads=3)
+    assert is_off(like_an_export, given) and not given.HasField("graph_options")
+    # Who says something about it gets that.
+    given.graph_options.rewrite_options.min_graph_nodes = 5
+    assert not is_off(like_an_export, given)
+
+
+def test_errors_of_a_graph_read_the_same_without_grappler(saved_model, like_an_export):
+    texts = set()
+    for path in (saved_model, like_an_export):
+        servable = Servable(path)
+        with pytest.raises(ServingError) as caught:
+            servable.call("checked", {"prompt": np.array([b"too long"], object)})
+        texts.add(caught.value.message)
+        servable.close()
+    (text,) = texts
+    assert text.startswith("assertion failed: [a prompt must not exceed 5 bytes]") and "node" not in text

@@ -39,7 +39,7 @@ def client(start_server, tmp_path_factory):
     base = tmp_path_factory.mktemp("smollm2")
     CausalLM.from_pretrained(asset("smollm2")).export(base / "1", slots=4, slot_length=1024)
     flags = (f"--model_base_path={base}", "--model_name=smollm2", "--max_queue=100")
-    server = start_server(*flags, as_users_do=True)
+    server = start_server(*flags, warms_up=True)
     with openai.OpenAI(base_url=server.url + "/v1", api_key="none", timeout=600, max_retries=0) as client:
         yield client
 

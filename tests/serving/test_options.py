@@ -301,7 +301,7 @@ def test_while_it_loads(start_server, free_port, saved_model, tmp_path):
     answers = set()
     with ThreadPoolExecutor(1) as executor:
         flags = (f"--model_base_path={tmp_path / 'm'}", f"--rest_api_port={port}")
-        started = executor.submit(start_server, *flags, as_users_do=True)
+        started = executor.submit(start_server, *flags, warms_up=True)
         deadline = time.monotonic() + 240
         while not started.done() and time.monotonic() < deadline:
             for path in ("/health", "/v1/models/default", "/v1/models/default:predict"):
