@@ -140,6 +140,8 @@ def test_errors_of_a_graph_read_the_same_without_grappler(saved_model, like_an_e
         with pytest.raises(ServingError) as caught:
             servable.call("checked", {"prompt": np.array([b"too long"], object)})
         texts.add(caught.value.message)
+        # Only a graph whose functions are not inlined names them, so this tells whether Grappler was there.
+        assert caught.value.__cause__.message.startswith("{{function_node") == (path == like_an_export)
         servable.close()
     (text,) = texts
     assert text.startswith("assertion failed: [a prompt must not exceed 5 bytes]") and "node" not in text
