@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from reference.environments import install, make_environment
 from reference.weights import randomize
 
 from kerasllm import (
@@ -34,42 +34,27 @@ pytestmark = [pytest.mark.clean_env, pytest.mark.timeout(1800)]
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ["Once upon a time", "The"]
-# The newest TensorFlow Serving is built on the first.
-VERSIONS = ["2.20", "2.21"]
+# The newest TensorFlow Serving is built on the first. The other is that of the tests themselves, which load
+# exports in processes without kerasllm in the default tier, too.
+VERSIONS = ["2.20", pytest.param("2.21", marks=pytest.mark.slow)]
 SERVER = ["grpcio", "tensorflow-serving-api==2.20.*", "uvicorn", "jinja2", "tokenizers"]
-
-
-def install(python, packages):
-    # Few of the modules are imported: they are compiled then.
-    flags = ["--quiet", "--no-compile", "--disable-pip-version-check"]
-    command = [python, "-m", "pip", "install", *flags, *packages]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode and "No matching distribution" in result.stderr:
-        pytest.skip(f"needs the package index to install {packages}")
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module")
 def make_python(tmp_path_factory):
-    """Pythons with a version of TensorFlow and nothing else, each made once and all at the same time."""
+    """Pythons with a version of TensorFlow and nothing else, each made once."""
 
-    def make(folder, version):
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        python = str(folder / "bin" / "python")
-        install(python, [f"tensorflow=={version}.*", f"tensorflow-text=={version}.*"])
+    @functools.cache
+    def make(version):
+        python = make_environment(tmp_path_factory.mktemp("environment"), [f"tensorflow=={version}.*"])
+        code = "from importlib import metadata, util; print(metadata.version('tensorflow'))"
+        code += "; assert not any(map(util.find_spec, ('kerasllm', 'tensorflow_text')))"
+        result = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(f"{version}."), result.stdout
         return python
 
-    with ThreadPoolExecutor() as executor:
-        pythons = {
-            version: executor.submit(make, tmp_path_factory.mktemp("environment"), version)
-            for version in VERSIONS
-        }
-        yield lambda version: pythons[version].result()
-
-
-@pytest.fixture
-def python(make_python):
-    return make_python(VERSIONS[0])
+    return make
 
 
 def make_task(kind, tokenizer, stories):
@@ -96,47 +81,6 @@ def make_task(kind, tokenizer, stories):
 def environment(**values):
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return {**kept, "TF_CPP_MIN_LOG_LEVEL": "2", **values}
-
-
-def test_graph_mode(python, served, causal_lm, tmp_path):
-    code = """
-import importlib.util, json, sys
-import tensorflow as tf
-import tensorflow_text
-assert tf.__version__.startswith("2.20"), tf.__version__
-assert importlib.util.find_spec("kerasllm") is None
-with tf.compat.v1.Session(graph=tf.Graph()) as session:
-    meta = tf.compat.v1.saved_model.loader.load(session, ["serve"], sys.argv[1])
-    signature = meta.signature_def["serving_default"]
-    feeds = {signature.inputs["prompt"].name: json.loads(sys.argv[2])}
-    texts = session.run(signature.outputs["text"].name, feeds)
-print(json.dumps([text.decode() for text in texts]))
-"""
-    command = [python, "-c", code, str(served / "1"), json.dumps(PROMPTS)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment(), cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == causal_lm.generate(PROMPTS)
-
-
-def test_server(python, served, causal_lm, tmp_path):
-    install(python, SERVER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [python, "-m", "kerasllm_serving", f"--model_base_path={served}", "--model_name=gpt"]
-    command += ["--host=127.0.0.1", "--port=0", f"--rest_api_port={port}"]
-    settings = environment(PYTHONPATH=str(ROOT / "serving"))
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=settings, cwd=tmp_path)
-    try:
-        assert "ready" in server.stdout.readline()
-        body = json.dumps({"instances": PROMPTS}).encode()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models/gpt:predict", body) as response:
-            assert json.load(response) == {"predictions": causal_lm.generate(PROMPTS)}
-    finally:
-        server.terminate()
-        assert server.wait(60) == 0
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +118,24 @@ def test_every_signature(make_python, export, kind, version, monkeypatch):
     checks = verify_export(*export(kind))
     assert not [check for check in checks if check.problem], format_checks(checks)
     assert {"warm-up requests", "reference tokenizer"} < {check.name for check in checks}
+
+
+def test_server(make_python, served, causal_lm, tmp_path):
+    """The last one: its environment has more in it afterwards."""
+    python = make_python(VERSIONS[0])
+    install(python, SERVER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python, "-m", "kerasllm_serving", f"--model_base_path={served}", "--model_name=gpt"]
+    command += ["--host=127.0.0.1", "--port=0", f"--rest_api_port={port}"]
+    settings = environment(PYTHONPATH=str(ROOT / "serving"))
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=settings, cwd=tmp_path)
+    try:
+        assert "ready" in server.stdout.readline()
+        body = json.dumps({"instances": PROMPTS}).encode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models/gpt:predict", body) as response:
+            assert json.load(response) == {"predictions": causal_lm.generate(PROMPTS)}
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0

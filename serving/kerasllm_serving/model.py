@@ -260,9 +260,9 @@ def _restore(
 def session_config_of(path: Path, options: ModelOptions) -> config_pb2.ConfigProto:
     """Returns how the runtime treats a folder: as the options say, exports of kerasllm without Grappler.
 
-    To optimize their graphs before the first call of each signature takes a third to a half of the time in
-    which a server of such a folder starts, and calls are no quicker for it: XLA optimizes what it compiles
-    itself, and the rest is mostly products of matrices. Of other folders nothing is known, so they are
+    To optimize their graphs before the first call of each signature takes a fifth to two fifths of the time
+    in which a server of such a folder starts, and calls are no quicker for it: XLA optimizes itself what it
+    compiles, and the rest is mostly products of matrices. Of other folders nothing is known, so they are
     optimized, as TensorFlow Serving does; and so is any if the options say something about it.
 
     Args:
