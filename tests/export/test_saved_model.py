@@ -133,24 +133,6 @@ def test_no_special_token_in_the_text(stories, tmp_path):
     assert model.generate_tokens("a")[0].token_ids == []
 
 
-def test_runs_in_graph_mode_without_kerasllm(served, causal_lm):
-    """As TensorFlow Serving runs it: a session, and nothing imported but TensorFlow."""
-    code = """
-import json, sys
-import tensorflow as tf
-prompts = json.loads(sys.argv[2])
-with tf.compat.v1.Session(graph=tf.Graph()) as session:
-    meta = tf.compat.v1.saved_model.loader.load(session, ["serve"], sys.argv[1])
-    signature = meta.signature_def["serving_default"]
-    texts = session.run(signature.outputs["text"].name, {signature.inputs["prompt"].name: prompts})
-assert not {"kerasllm", "keras_hub", "tensorflow_text"} & set(sys.modules)
-print(json.dumps([text.decode() for text in texts]))
-"""
-    command = [sys.executable, "-c", code, str(served / "1"), json.dumps(PROMPTS)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(result.stdout) == causal_lm.generate(PROMPTS)
-
-
 @pytest.mark.parametrize(
     ("prompt", "settings", "message"),
     [

@@ -50,6 +50,7 @@ def ask_once(answers, monkeypatch):
 
 
 def test_a_true_folder_passes(served, causal_lm, ask_once):
+    """As TensorFlow Serving runs it: a session, in a process where kerasllm cannot be imported."""
     checks = verify_export(served / "1", causal_lm)
     assert not problems(checks), verify.format_checks(checks)
     counts = {check.name: check.count for check in checks}

@@ -252,6 +252,12 @@ def server(start_server: Callable[..., ServerProcess]) -> ServerProcess:
     return start_server("--model_name=test_model")
 
 
+@pytest.fixture(scope="session")
+def llm_server(start_server, random_served) -> ServerProcess:
+    """A server of a random model with slots."""
+    return start_server(f"--model_base_path={random_served}", "--model_name=tiny", "--max_queue=4")
+
+
 def read_line(process: subprocess.Popen, timeout: float) -> str:
     """Returns the next line of a process, or an empty string when it ends or time is up."""
     with selectors.DefaultSelector() as selector:
@@ -321,3 +327,9 @@ def embedder_folder(make_bert, make_once):
     from kerasllm import TextEmbedder
 
     return make_once("embedder/1", TextEmbedder(*make_bert(None)).export).parent
+
+
+@pytest.fixture(scope="session")
+def embedder_server(embedder_folder, start_server) -> ServerProcess:
+    """It, served."""
+    return start_server(f"--model_base_path={embedder_folder}", "--model_name=embedder")

@@ -18,11 +18,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "stream_over_grpc.py"
 
 
 @pytest.fixture(scope="module")
-def llm_server(start_server, random_served):
-    return start_server(f"--model_base_path={random_served}", "--model_name=tiny", "--max_queue=4")
-
-
-@pytest.fixture(scope="module")
 def ask(llm_server):
     stream = llm_server.channel.unary_stream(
         "/kerasllm.serving.GenerationService/PredictStreamed",

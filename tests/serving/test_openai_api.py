@@ -23,11 +23,6 @@ PROMPT = "Once upon a time"
 
 
 @pytest.fixture(scope="module")
-def llm_server(start_server, random_served):
-    return start_server(f"--model_base_path={random_served}", "--model_name=tiny", "--max_queue=4")
-
-
-@pytest.fixture(scope="module")
 def client(llm_server):
     with openai.OpenAI(
         base_url=llm_server.url + "/v1", api_key="none", timeout=TIMEOUT, max_retries=0
@@ -472,9 +467,9 @@ def test_sigterm_loses_nothing(start_server, random_served, post):
     assert server.process.wait(60) == 0
 
 
-def test_embeddings(start_server, embedder_folder, post):
-    server = start_server(f"--model_base_path={embedder_folder}", "--model_name=embedder")
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", timeout=TIMEOUT) as client:
+def test_embeddings(embedder_server, post):
+    url = embedder_server.url
+    with openai.OpenAI(base_url=url + "/v1", api_key="none", timeout=TIMEOUT) as client:
         texts = ["A cat.", "Mia found a box"]
         plain = client.embeddings.create(model="embedder", input=texts, encoding_format="float")
         packed = client.embeddings.create(model="embedder", input=texts)  # base64, which the client unpacks
@@ -482,7 +477,7 @@ def test_embeddings(start_server, embedder_folder, post):
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose([entry.embedding for entry in packed.data], vectors, atol=1e-6)
     assert plain.usage.prompt_tokens > len(texts)
-    status, _, answer = post("/v1/embeddings", {"input": "a", "encoding_format": "base64"}, server.url)
+    status, _, answer = post("/v1/embeddings", {"input": "a", "encoding_format": "base64"}, url)
     assert status == 200 and len(base64.b64decode(answer["data"][0]["embedding"])) == 4 * vectors.shape[1]
-    status, _, answer = post("/v1/completions", {"prompt": "a"}, server.url)
+    status, _, answer = post("/v1/completions", {"prompt": "a"}, url)
     assert status == 400 and "does not write text" in answer["error"]["message"]

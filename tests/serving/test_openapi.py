@@ -110,6 +110,8 @@ def test_models_and_errors(check, tools_server):
             check("ErrorResponse", json.loads(error.value.read()))
 
 
-def test_embeddings(check, embedder_folder, start_server):
-    server = start_server(f"--model_base_path={embedder_folder}", "--model_name=embedder")
-    check("CreateEmbeddingResponse", json.loads(send(server, "embeddings", {"input": ["one", "two"]})))
+def test_embeddings(check, embedder_server):
+    check(
+        "CreateEmbeddingResponse",
+        json.loads(send(embedder_server, "embeddings", {"input": ["one", "two"]})),
+    )

@@ -12,11 +12,6 @@ MILLISECONDS = 120_000
 IS_DONE = "!document.querySelector('#send').disabled"
 
 
-@pytest.fixture(scope="module")
-def llm_server(start_server, random_served):
-    return start_server(f"--model_base_path={random_served}", "--model_name=tiny")
-
-
 @pytest.fixture(params=[(1200, 800), (390, 844)], ids=["desk", "phone"])
 def page(llm_server, browser, request):
     width, height = request.param
