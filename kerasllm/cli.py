@@ -261,11 +261,11 @@ def _parser() -> argparse.ArgumentParser:
         "--prefill-lengths", type=int, nargs="+", metavar="TOKENS", help="tokens that one call may read"
     )
     devices.add_argument(
-        "--decode-lengths",
+        "--short-lengths",
         type=int,
         nargs="+",
         metavar="TOKENS",
-        help="of a .tflite: lengths of a text up to which a quicker decoding is written too",
+        help="of a .tflite: lengths of a text up to which calls are quicker (default: 256 512 1024)",
     )
     devices.add_argument(
         "--sentencepiece-model",
@@ -506,7 +506,7 @@ def _export(arguments) -> int:
                 "A file for devices takes none of --overwrite, --verify, --docker, --license, --slots, "
                 "--jit-compile."
             )
-        other = "sentencepiece_model" if arguments.path.endswith(".tflite") else "decode_lengths"
+        other = "sentencepiece_model" if arguments.path.endswith(".tflite") else "short_lengths"
         if other in device_options:
             option = "--" + other.replace("_", "-")
             raise ValueError(f"This kind of file takes no {option}. Received: {arguments.path}")
@@ -545,7 +545,7 @@ def _export(arguments) -> int:
 def _device_options(arguments) -> dict:
     """What was given of the options of an export for devices."""
     names = (
-        *("quantize", "cache_length", "prefill_lengths", "decode_lengths", "sentencepiece_model"),
+        *("quantize", "cache_length", "prefill_lengths", "short_lengths", "sentencepiece_model"),
         *("largest_divergence", "force"),
     )
     options = {name: getattr(arguments, name) for name in names}

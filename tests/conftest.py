@@ -161,7 +161,7 @@ def compiled_loaded(compiled_served):
 @pytest.fixture(scope="session")
 def tflite(random_lm, make_once):
     """`random_lm` as a LiteRT model whose cache is not a multiple of its prefill lengths."""
-    sizes = {"prefill_lengths": (4, 16), "cache_length": 46, "decode_lengths": (24,)}
+    sizes = {"prefill_lengths": (4, 16), "cache_length": 46, "short_lengths": (24,)}
     return make_once("litert/model.tflite", lambda path: random_lm.export(path, **sizes))
 
 

@@ -53,7 +53,7 @@ class Generator {
       (name.startsWith("decode") ? this.#decodes : this.#prefills).push({ name, length, columns });
     }
     this.#decodes.sort((a, b) => a.columns - b.columns);
-    this.#prefills.sort((a, b) => a.length - b.length);
+    this.#prefills.sort((a, b) => a.length - b.length || a.columns - b.columns);
     this.cacheLength = this.#decodes.at(-1).columns;
   }
 
@@ -101,8 +101,9 @@ class Generator {
       const waiting = ids.length - position;
       // The shortest call that takes all that waits, or else the longest that fills up. What it writes
       // behind its real tokens is overwritten later, but must lie in the cache.
-      const fitting = this.#prefills.filter(({ length }) => position + length <= this.cacheLength);
-      const chosen = fitting.find(({ length }) => length >= waiting) ?? fitting.at(-1);
+      const fitting = this.#prefills.filter(({ length, columns }) => position + length <= columns);
+      const length = (fitting.find(({ length }) => length >= waiting) ?? fitting.at(-1))?.length;
+      const chosen = fitting.find((call) => call.length === length); // that looks at the least of the cache
       const part = ids.slice(position, position + (chosen?.length ?? 1));
       if (chosen) await this.#call(chosen, part, position);
       else await this.#decode(part[0], position);

@@ -36,6 +36,8 @@ _CALIBRATED = {
 _CONVERTER_MEMORY = 11
 # Cache of a model with a longer context: attention reads all of it for each token.
 _LONGEST_CACHE = 2048
+# A conversation is at first much shorter than that.
+SHORT_LENGTHS = (256, 512, 1024)
 # TensorFlow operations that TFLite has as builtin ones, of those that graphs of the layers are made of.
 _CONVERTIBLE = frozenset(
     "Add AddV2 ArgMax BatchMatMulV2 BiasAdd BroadcastTo Cast ConcatV2 Const Cos Cumsum Div Einsum "
@@ -110,7 +112,7 @@ def export_litert(
     config: GenerationConfig | None = None,
     prefill_lengths: Sequence[int] = (8, 32, 128, 512),
     cache_length: int | None = None,
-    decode_lengths: Sequence[int] = (),
+    short_lengths: Sequence[int] = SHORT_LENGTHS,
     quantize: str | None = None,
     texts: Sequence[str] = (),
     calibration_texts: Sequence[str] = (),
@@ -124,8 +126,8 @@ def export_litert(
     `[N]`, `mask` float32 `[1, 1, N, cache_length]` (0 or a large negative number), `kv_cache_k_<i>`
     float32 `[1, kv_heads, cache_length, head_dim]`, `kv_cache_v_<i>` float32 `[1, kv_heads, head_dim,
     cache_length]`. Outputs: the caches; `decode` also `logits` float32 `[1, 1, vocabulary]`. This is the
-    contract of Google's LiteRT-LM. `decode_<M>` is `decode` with a mask of M columns, which reads only the
-    beginning of the cache.
+    contract of Google's LiteRT-LM. `decode_<M>` and `read_<N>_<M>` are `decode` and `prefill_<N>` with a
+    mask of M columns, which look at the beginning of the cache only.
 
     Args:
         model: The model, in float32.
@@ -137,8 +139,8 @@ def export_litert(
             left out.
         cache_length: Most tokens of prompt and continuation. None: the model's context, but not more
             than 2,048.
-        decode_lengths: Lengths of a text up to which there is a `decode_<M>` of its own, which is quicker;
-            each needs memory of its own in the runtime. Those not below `cache_length` are left out.
+        short_lengths: Lengths of a text up to which calls of their own read and decode it, which look at no
+            more of the cache and so are quicker. Those not below `cache_length` are left out.
         quantize: `"int8"`: weights of 8 bits with a scale per row. `"int4"`: weights of 4 bits in blocks
             of 32, token table and head of 8. Both quantise the activations as they come; that can cost
             more than a divergence on prose shows, in chats most. `"int8_weights"`: weights of 8 bits that
@@ -175,7 +177,7 @@ def export_litert(
         path,
         prefill_lengths=prefill_lengths,
         cache_length=cache_length,
-        decode_lengths=decode_lengths,
+        short_lengths=short_lengths,
         quantize=quantize,
         texts=texts,
         calibration_texts=calibration_texts,
@@ -199,7 +201,7 @@ def converted(
     *,
     prefill_lengths: Sequence[int],
     cache_length: int | None = None,
-    decode_lengths: Sequence[int] = (),
+    short_lengths: Sequence[int] = SHORT_LENGTHS,
     quantize: str | None = None,
     texts: Sequence[str] = (),
     calibration_texts: Sequence[str] = (),
@@ -211,7 +213,7 @@ def converted(
 
     Args:
         path: The file to be.
-        model, tokenizer, prefill_lengths, cache_length, decode_lengths, quantize, texts, calibration_texts,
+        model, tokenizer, prefill_lengths, cache_length, short_lengths, quantize, texts, calibration_texts,
         largest_divergence, force, verbose: As in `export_litert`, which says what is raised.
 
     Yields:
@@ -230,8 +232,8 @@ def converted(
         )
     if not prefill_lengths or min(prefill_lengths) < 1:
         raise ValueError(f"`prefill_lengths` must be at least 1 each. Received: {prefill_lengths}")
-    if decode_lengths and min(decode_lengths) < 1:
-        raise ValueError(f"`decode_lengths` must be at least 1 each. Received: {decode_lengths}")
+    if short_lengths and min(short_lengths) < 1:
+        raise ValueError(f"`short_lengths` must be at least 1 each. Received: {short_lengths}")
     if calibration_texts and quantize not in _CALIBRATED:
         raise ValueError(
             f"`calibration_texts` are for quantize={' or '.join(map(repr, _CALIBRATED))}. "
@@ -243,7 +245,13 @@ def converted(
 
     shapes = {f"prefill_{n}": (n, cache_length) for n in sorted(set(prefill_lengths)) if n <= cache_length}
     shapes = shapes or {"prefill_1": (1, cache_length)}
-    shapes |= {f"decode_{n}": (1, n) for n in sorted(set(decode_lengths)) if n < cache_length}
+    short_lengths = [n for n in sorted(set(short_lengths)) if n < cache_length]
+    for length, _ in list(
+        shapes.values()
+    ):  # the shortest of each: others would make the file as much larger
+        if columns := next((n for n in short_lengths if n >= length), None):
+            shapes[f"read_{length}_{columns}"] = length, columns
+    shapes |= {f"decode_{n}": (1, n) for n in short_lengths}
     shapes["decode"] = (1, cache_length)
     signatures = {
         name: _signature(model, length, cache_length, columns, name.startswith("decode"))

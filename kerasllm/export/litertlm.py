@@ -207,6 +207,7 @@ def export_litertlm(
         path,
         prefill_lengths=prefill_lengths,
         cache_length=cache_length,
+        short_lengths=(),  # of several calls that decode, the runtime knows one
         quantize=quantize,
         texts=texts,
         calibration_texts=calibration_texts,

@@ -179,19 +179,23 @@ class CachedModel:
     def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
         self._model = _load(path, num_threads)
         names = self._model.get_signature_list()
-        self._prefills = {
+        prefills = {
             int(match[1]): name for name in names if (match := re.fullmatch(r"prefill_(\d+)", name))
         }
-        if "decode" not in names or not self._prefills:
+        if "decode" not in names or not prefills:
             raise ValueError(f"A model needs `decode` and `prefill_N`. Received: {sorted(names)}")
         inputs = self._model.get_input_tensor_details("decode")
         self.cache_length = int(inputs["mask"]["shape"][-1])
-        # Of the signatures that decode, how many places of the cache each looks at.
-        self._decodes = {
-            int(self._model.get_input_tensor_details(name)["mask"]["shape"][-1]): name
-            for name in names
-            if re.fullmatch(r"decode(_\d+)?", name)
-        }
+
+        def columns(name):
+            return int(self._model.get_input_tensor_details(name)["mask"]["shape"][-1])
+
+        # How many places of the cache the signatures look at that decode, and that read so many tokens.
+        self._decodes = {columns(name): name for name in names if re.fullmatch(r"decode(_\d+)?", name)}
+        self._reads = {length: {columns(name): name} for length, name in prefills.items()}
+        for name in names:
+            if (match := re.fullmatch(r"read_(\d+)_\d+", name)) and int(match[1]) in self._reads:
+                self._reads[int(match[1])][columns(name)] = name
         self._cache = {}
         for name, detail in inputs.items():
             if name.startswith("kv_cache"):
@@ -203,7 +207,10 @@ class CachedModel:
                 part: self._model.create_input_buffer_by_name(name, part)
                 for part in ("tokens", "input_pos", "mask")
             }
-            for name in (*self._prefills.values(), *self._decodes.values())
+            for name in (
+                *(name for reads in self._reads.values() for name in reads.values()),
+                *self._decodes.values(),
+            )
         }
         self.vocabulary_size = int(self._model.get_output_tensor_details("decode")["logits"]["shape"][-1])
         self._logits = self._model.create_output_buffer_by_name("decode", "logits")
@@ -233,12 +240,13 @@ class CachedModel:
             waiting = end - position
             # The shortest call that takes all that waits, or else the longest that fills up; what a
             # call writes behind its real tokens is overwritten later, but must lie in the cache.
-            fitting = [n for n in self._prefills if position + n <= self.cache_length]
+            fitting = [n for n in self._reads if position + n <= self.cache_length]
             enough = [n for n in fitting if n >= waiting]
             length = min(enough) if enough else max(fitting, default=1)
             part = tokens[position - start : position - start + min(length, waiting)]
-            if length in self._prefills:
-                self._run(self._prefills[length], part, length, position, self.cache_length)
+            if length in self._reads:
+                columns = min(n for n in self._reads[length] if position + length <= n)
+                self._run(self._reads[length][columns], part, length, position, columns)
             else:
                 self.decode(part[0], position)
             position += len(part)
@@ -349,7 +357,10 @@ def _load(path: str | os.PathLike, num_threads: int | None) -> Any:
 
     options = Options(
         hardware_accelerators=HardwareAccelerator.CPU,
-        cpu_options=CpuOptions(num_threads=num_threads or os.cpu_count() or 1),
+        # Signatures share the weights as the kernels want them; without, each has its own copy.
+        cpu_options=CpuOptions(
+            num_threads=num_threads or os.cpu_count() or 1, xnnpack_weight_cache_path=":memory:"
+        ),
     )
     try:
         Interpreter(str(path))  # only this one looks whether a file is whole, the other crashes

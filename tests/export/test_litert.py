@@ -32,7 +32,9 @@ def interpreter(tflite):
 
 def test_signatures_are_the_contract(interpreter, random_lm):
     signatures = interpreter.get_signature_list()
-    assert set(signatures) == {"prefill_4", "prefill_16", "decode_24", "decode"}
+    assert set(signatures) == {
+        *("prefill_4", "prefill_16", "read_4_24", "read_16_24", "decode_24", "decode"),
+    }
     caches = [f"kv_cache_{kind}_{layer}" for layer in range(2) for kind in "kv"]
     for name, values in signatures.items():
         assert set(values["inputs"]) == {"tokens", "input_pos", "mask", *caches}
@@ -41,6 +43,8 @@ def test_signatures_are_the_contract(interpreter, random_lm):
     shapes = {name: details[name]["shape"].tolist() for name in details}
     assert shapes["tokens"] == [1, 4] and shapes["input_pos"] == [4] and shapes["mask"] == [1, 1, 4, 46]
     assert shapes["kv_cache_k_0"] == [1, 4, 46, 8] and shapes["kv_cache_v_0"] == [1, 4, 8, 46]
+    details = interpreter.get_signature_runner("read_16_24").get_input_details()
+    assert details["mask"]["shape"].tolist() == [1, 1, 16, 24]
     details = interpreter.get_signature_runner("decode_24").get_input_details()
     assert details["mask"]["shape"].tolist() == [1, 1, 1, 24]
     assert details["kv_cache_v_0"]["shape"].tolist() == [1, 4, 8, 46]
@@ -280,7 +284,7 @@ def test_damaged_or_missing_files(tflite, tmp_path):
         ("a.tflite", {"cache_length": 0}, "from 1 to the context of 64"),
         ("a.tflite", {"prefill_lengths": ()}, "prefill_lengths"),
         ("a.tflite", {"prefill_lengths": (0,)}, "prefill_lengths"),
-        ("a.tflite", {"decode_lengths": (0,)}, "decode_lengths"),
+        ("a.tflite", {"short_lengths": (0,)}, "short_lengths"),
         ("a.tflite", {"quantize": "int3"}, "`quantize` must be one of None, 'fp16', 'int8', 'int4'"),
     ],
 )
