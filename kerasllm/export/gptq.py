@@ -66,6 +66,16 @@ def layers_of_4_bits(model: LanguageModel) -> list[Dense]:
     return [layer for layer in layers if layer.units != model.config.vocabulary_size]
 
 
+def is_of_4_bits(model: LanguageModel) -> bool:
+    """Returns whether rounding to 4 bits leaves all matrices as they are, such as those trained for that."""
+
+    def stays(matrix):
+        scales = np.repeat(block_scales(matrix), BLOCK, axis=1)
+        return np.array_equal(round_to_integers(matrix, scales) * scales, matrix)
+
+    return all(stays(layer.kernel.numpy().T) for layer in layers_of_4_bits(model))
+
+
 def gram_matrices(
     model: LanguageModel, layers: Sequence[Dense], batches: Sequence[np.ndarray]
 ) -> list[np.ndarray]:

@@ -150,7 +150,8 @@ def export_litert(
         calibration_texts: For `"int8"` and `"int4"`: texts such as the model is going to read, of which
             2,048 and 8,192 tokens are used; none: texts that the model writes. On them activations are
             made fit for 8 bits, as `kerasllm.export.smooth` says, and weights of 4 bits are rounded so
-            that the layers give what they gave before, as `kerasllm.export.gptq` says.
+            that the layers give what they gave before, as `kerasllm.export.gptq` says. Weights that are
+            of 4 bits already, as those of a training for that, stay what they are.
         largest_divergence: The largest mean Kullback-Leibler divergence from the model, in nats per
             token, with which a file is written. None: that of `LARGEST_DIVERGENCE`.
         force: Whether the file is written above that, and where memory seems too small.
@@ -263,6 +264,8 @@ def converted(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         file = pathlib.Path(work, "model.tflite")
         report = {"quantize": quantize, "cache_length": cache_length, "signatures": list(shapes)}
+        if quantize == "int4" and gptq.is_of_4_bits(model):
+            change = None  # nothing would move
         if change:
             if verbose and not batches:
                 print("LiteRT: the model writes what it is calibrated on", flush=True)

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from kerasllm.layers.rounding import exact_value, weight_rounding
 from kerasllm.layers.xla import is_traced_for_xla
 
 # XLA gives each of these to a core of its own; a product with a small matrix it would give to one.
@@ -17,9 +18,14 @@ class Dense(keras.layers.Dense):
     """
 
     def call(self, inputs, training=None):
-        if not is_traced_for_xla() or len(inputs.shape) != 2 or self.kernel.shape[0] % _PARTS:
+        rounding = weight_rounding()
+        if rounding is not None:
+            kernel = rounding.kernel(exact_value(self.kernel))
+            outputs = ops.matmul(inputs, ops.cast(kernel, self.compute_dtype))
+        elif is_traced_for_xla() and len(inputs.shape) == 2 and not self.kernel.shape[0] % _PARTS:
+            outputs = _multiply_in_parts(inputs, self.kernel)
+        else:
             return super().call(inputs, training=training)
-        outputs = _multiply_in_parts(inputs, self.kernel)
         if self.bias is not None:
             outputs = outputs + self.bias
         return outputs if self.activation is None else self.activation(outputs)

@@ -6,6 +6,7 @@ from keras import ops
 from kerasllm.layers.dense import multiply_with_rows
 from kerasllm.layers.gradient import is_traced_for_gradient
 from kerasllm.layers.precision import waiting_for
+from kerasllm.layers.rounding import exact_value, weight_rounding
 from kerasllm.layers.shapes import flatten, unflatten
 from kerasllm.layers.table import table_functions
 from kerasllm.layers.xla import is_traced_for_xla
@@ -67,17 +68,21 @@ class TokenEmbedding(keras.layers.Layer):
             Vectors `[..., dim]`, or with `reverse=True` logits `[..., vocabulary_size]`, in the
             compute dtype.
         """
-        functions = table_functions()
+        functions, rounding = table_functions(), weight_rounding()
         if not reverse:
             if functions is not None:
                 return functions.look_up(ops.convert_to_tensor(self.embeddings), inputs)
-            vectors = ops.cast(ops.take(self.embeddings, inputs, axis=0), self.compute_dtype)
+            vectors = ops.take(self.embeddings, inputs, axis=0)
+            if rounding is not None:
+                vectors = rounding.rows(vectors)
+            vectors = ops.cast(vectors, self.compute_dtype)
             if self.embeddings_scale is not None:
                 vectors *= ops.take(self.embeddings_scale, inputs, axis=0)[..., None]
             return vectors
         flat = flatten(inputs)
         with waiting_for(flat):
-            table = ops.cast(ops.convert_to_tensor(self.embeddings), self.compute_dtype)
+            table = self.embeddings if rounding is None else rounding.rows(exact_value(self.embeddings))
+            table = ops.cast(ops.convert_to_tensor(table), self.compute_dtype)
         if functions is not None:
             logits = functions.score(flat, table)
         elif is_traced_for_gradient():

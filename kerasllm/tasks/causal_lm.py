@@ -16,6 +16,7 @@ from kerasllm.tasks.base import Task
 from kerasllm.tasks.generation import GeneratingTask
 from kerasllm.tasks.texts import holds_texts
 from kerasllm.training import TokenTraining
+from kerasllm.training.quantization import round_weights, rounded_weights
 
 # The stories on which an export is compared with its model: of a seed that no training has by default.
 _HELD_OUT_STORIES, _HELD_OUT_SEED = 16, 987_654_321
@@ -168,6 +169,21 @@ class CausalLM(TokenTraining, GeneratingTask):
         with tf.control_dependencies([tf.debugging.Assert(*rule) for rule in rules]):
             return tf.nest.map_structure(tf.identity, batch)
 
+    def round_weights(self) -> None:
+        """Replaces the weights by the rounded ones that a training with `quantization_aware` computed with.
+
+        So `generate`, `save_pretrained` and a SavedModel have them too. A LiteRT export with the same
+        `quantize` needs no call: it stores them by itself. To train on, keep the exact ones, with `save`.
+
+        Raises:
+            ValueError: If the model is not compiled with `quantization_aware`.
+        """
+        if getattr(self, "_rounding", None) is None:
+            raise ValueError(
+                "`round_weights` needs a model that is compiled with `quantization_aware`. Received: none"
+            )
+        round_weights(self.model, self._rounding)
+
     # Generation
 
     def chat(
@@ -212,6 +228,8 @@ class CausalLM(TokenTraining, GeneratingTask):
                 `kerasllm.export.export_litert` and `export_litertlm`, such as `quantize`; and `dtype`, the
                 precision of the weights, as in `with_dtype`. Where `texts` is left out and the runtime is
                 installed, an export for devices is compared with the model on stories made by the library.
+                With `quantize` as in `compile(quantization_aware=...)`, an export for devices stores, and
+                is compared with, the rounded weights that were trained.
 
         Returns:
             The path.
@@ -227,4 +245,8 @@ class CausalLM(TokenTraining, GeneratingTask):
         write = writers.get(pathlib.Path(path).suffix, export_saved_model)
         if write is not export_saved_model and importlib.util.find_spec("ai_edge_litert") is not None:
             kwargs.setdefault("texts", generate_stories(_HELD_OUT_STORIES, seed=_HELD_OUT_SEED))
-        return write(self.model, self.tokenizer, path, self.generation_config, **kwargs)
+        # What a training rounded is stored as that, and not rounded for other ends than the training's.
+        trained_for = self._compile_options["quantization_aware"] if self.compiled else None
+        is_stored = trained_for is not None and trained_for == kwargs.get("quantize")
+        with rounded_weights(self.model, self._rounding if is_stored else None):
+            return write(self.model, self.tokenizer, path, self.generation_config, **kwargs)

@@ -17,12 +17,14 @@ import tensorflow as tf
 from keras import ops
 
 from kerasllm.layers.gradient import REMATS, traced_for_gradient
+from kerasllm.layers.rounding import weights_rounded_with
 from kerasllm.training import jax_step
 from kerasllm.training.checkpoint import find_checkpoints, fit_from_checkpoint, is_multi_worker
 from kerasllm.training.dropout import dropout_by_row
 from kerasllm.training.layouts import check_layouts
 from kerasllm.training.loss import chunked_token_loss, chunked_token_sums, token_sums
 from kerasllm.training.optimizer import AdamW
+from kerasllm.training.quantization import make_rounding
 from kerasllm.version import __version__
 
 _STRATEGIES = (
@@ -75,6 +77,7 @@ class Training:
         seed: int = 0,
         jit_compile: bool | str = "auto",
         remat: str | None = None,
+        quantization_aware: str | None = None,
         **kwargs,
     ):
         """Prepares the model for training; see `keras.Model.compile`.
@@ -91,6 +94,11 @@ class Training:
             remat: What is computed again for the gradient instead of being kept: `"cheap"`: norms,
                 activations and attention weights; `"blocks"`: all inside of the blocks, which takes a third
                 more time and least memory; None: nothing.
+            quantization_aware: `"int8"` or `"int4"`, for models that continue texts: `fit` and `evaluate`
+                compute with the matrices and the token table rounded as a LiteRT export with that
+                `quantize` stores them, while the optimizer changes the exact weights. Elsewhere, such as
+                in `generate`, the model has the exact ones, until `CausalLM.round_weights`. None: nothing is
+                rounded.
             **kwargs: As in Keras.
 
         Raises:
@@ -100,11 +108,13 @@ class Training:
         if jax_step.IS_JAX:
             check_layouts(self)
         _check_compile(strategy, optimizer, microbatches, seed, remat, kwargs)
+        self._rounding = make_rounding(getattr(self, "model", None), quantization_aware)
         self._compile_options = {
             "microbatches": microbatches,
             "seed": seed,
             "jit_compile": jit_compile,
             "remat": remat,
+            "quantization_aware": quantization_aware,
         }
         is_spread = strategy.num_replicas_in_sync > 1 or is_multi_worker(strategy)
         # XLA cannot compile what crosses replicas, so it gets what is computed inside of each.
@@ -267,7 +277,9 @@ class Training:
         if jax_step.IS_JAX:
             return jax_step.test_step(self, *data)
         batch = keras.utils.unpack_x_y_sample_weight(*data)
-        return self._report(batch, self._measure(*batch))
+        with weights_rounded_with(self._rounding):
+            part = self._measure(*batch)
+        return self._report(batch, part)
 
     @property
     def _sum_dtype(self) -> str:
@@ -352,7 +364,11 @@ class Training:
     def _traced(self, step, first_row, rows):
         """How layers behave in a step."""
         options = self._compile_options
-        with dropout_by_row(options["seed"], step, first_row, rows), traced_for_gradient(options["remat"]):
+        with (
+            dropout_by_row(options["seed"], step, first_row, rows),
+            traced_for_gradient(options["remat"]),
+            weights_rounded_with(self._rounding),
+        ):
             yield
 
     def _report(self, batch, part: BatchPart):
