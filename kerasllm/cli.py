@@ -43,6 +43,8 @@ The file and the settings have the same names; a wrong one is answered with the 
   training.steps=2000 training.batch_size=16 training.sequence_length=256
   training.learning_rate=0.001 training.precision=mixed_bfloat16 training.microbatches=4
   training.optimizer=muon training.schedule=wsd training.save_every=100
+  training.quantization_aware=int4 so that `export --quantize int4` costs less: it is computed with weights
+                                   rounded to 4 bits, and those are written (int8: to 8)
   objective.packing=segments       or, for bert, objective.whole_words=true
   logging.sample_every=500 logging.peak_flops=989e12 logging.tensorboard=false
 A run that was interrupted goes on from its last checkpoint when it is started again.

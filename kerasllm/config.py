@@ -110,6 +110,9 @@ class TrainingSettings:
         shard_optimizer: Whether the replicas share the state of adamw or lion.
         remat: What is computed again to save memory: `cheap` (norms, activations, attention weights) or
             `blocks` (all inside of the blocks); null: nothing.
+        quantization_aware: For GPT-2 and Llama that learn to continue texts: the LiteRT export, `int8` or
+            `int4`, that the model is trained for. All is computed with the weights as that export rounds
+            them, the validation too, and the rounded ones are written; null: none.
         strategy: Where it is computed: `one` device, all GPUs of this machine (`mirrored`), the workers
             that TF_CONFIG names (`multi_worker`), a Cloud TPU (`tpu`), or what there is (`auto`).
         save_every: Updates between two checkpoints; null: only with each validation.
@@ -132,6 +135,7 @@ class TrainingSettings:
     microbatches: int = 1
     shard_optimizer: bool = False
     remat: Literal["cheap", "blocks"] | None = None
+    quantization_aware: Literal["int8", "int4"] | None = None
     strategy: Literal["auto", "one", "mirrored", "multi_worker", "tpu"] = "auto"
     save_every: int | None = None
     keep: int = 2
@@ -264,6 +268,12 @@ class RunConfig:
             raise ValueError(
                 f"The objective {name!r} needs `data.paths`: JSON lines with {list(self.fields)}. "
                 "Received: none"
+            )
+        kind = self.training.quantization_aware
+        if kind is not None and self.head != "causal_lm":
+            raise ValueError(
+                "`training.quantization_aware` is for objectives that continue texts. "
+                f"Received: {kind!r} with the objective {name!r}"
             )
         if self.tokenizer.kind is None:
             tokenizer = dataclasses.replace(self.tokenizer, kind=kinds[0])

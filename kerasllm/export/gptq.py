@@ -67,7 +67,7 @@ def layers_of_4_bits(model: LanguageModel) -> list[Dense]:
 
 
 def is_of_4_bits(model: LanguageModel) -> bool:
-    """Returns whether rounding to 4 bits leaves all matrices as they are, such as those trained for that."""
+    """Returns whether rounding to 4 bits leaves all matrices as they are."""
 
     def stays(matrix):
         scales = np.repeat(block_scales(matrix), BLOCK, axis=1)

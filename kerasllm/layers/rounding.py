@@ -1,8 +1,8 @@
 """Weights that are rounded where they are used, while what is trained are the exact ones.
 
 The gradient for what comes out of the rounding is taken as that for what goes in, the straight-through
-estimator (Bengio et al.: "Estimating or Propagating Gradients Through Stochastic Neurons", 2013), as Jacob et
-al. train for integers: "Quantization and Training of Neural Networks for Efficient
+estimator (Bengio et al.: "Estimating or Propagating Gradients Through Stochastic Neurons", 2013). So Jacob
+et al. train for integers: "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference" (2018).
 """
 
@@ -39,7 +39,7 @@ _ROUNDING = contextvars.ContextVar("rounding", default=None)
 
 @contextlib.contextmanager
 def weights_rounded_with(rounding: Rounding | None) -> Iterator[None]:
-    """While this is open, dense layers and token embeddings compute with rounded weights; None: exact ones."""
+    """While this is open, dense layers and token embeddings round their weights; None: they do not."""
     token = _ROUNDING.set(rounding)
     try:
         yield

@@ -69,7 +69,7 @@ class TrainingResult(NamedTuple):
     """What `train` returns.
 
     Attributes:
-        model: The trained model.
+        model: The trained model; with `quantization_aware`, of rounded weights.
         progress: The losses, and a method that plots them.
         perplexity: Of the validation texts; of the masked tokens, the targets, the completions or the
             labels, where the objective has such.
@@ -164,6 +164,7 @@ def train(
             jit_compile=settings.jit_compile,
             microbatches=settings.microbatches,
             remat=settings.remat,
+            quantization_aware=settings.quantization_aware,
             seed=run.seed,
         )
     saves = None
@@ -214,6 +215,8 @@ def train(
         perplexity = math.exp(progress.validation_losses[-1][1])
     else:
         perplexity = math.exp(model.evaluate(data.validation, verbose=0)["loss"])
+    if settings.quantization_aware is not None:
+        model.round_weights()
     return TrainingResult(model, progress, perplexity, data.baselines, validation)
 
 

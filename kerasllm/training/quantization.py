@@ -1,8 +1,8 @@
 """Training of weights that are going to be stored in few bits: quantisation-aware training.
 
-The matrices and the token table are rounded where they are used, as the LiteRT export of the same name stores
-them, and the optimizer changes the exact ones; as in Liu et al.: "LLM-QAT: Data-Free Quantization Aware
-Training for Large Language Models" (2023), but for the activations, which stay exact here.
+The matrices and the token table are rounded where they are used, as the LiteRT export of the same name
+stores them, and the optimizer changes the exact ones; as in Liu et al.: "LLM-QAT: Data-Free Quantization
+Aware Training for Large Language Models" (2023), but for the activations, which stay exact here.
 """
 
 import contextlib

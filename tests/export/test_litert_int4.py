@@ -7,7 +7,7 @@ import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 from reference.weights import randomize
 
-from kerasllm import Llama, LlamaConfig
+from kerasllm import CausalLM, Llama, LlamaConfig
 from kerasllm.export import calibration, export_litert, gptq, litert, litert_worker
 
 RNG = np.random.default_rng(0)
@@ -173,6 +173,28 @@ def test_an_export_converts_rounded_weights(llama, tokenizer, tmp_path, monkeypa
         np.testing.assert_array_equal(layer.kernel, kernel)
 
 
+def stored_weights(path):
+    """The quantised matrices of a file, in float32 and in any order."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes()))
+    content = lambda tensor: np.asarray(model.buffers[tensor.buffer].data, "uint8")  # noqa: E731
+    found = {}
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            if tensor.type == schema.TensorType.INT4:
+                packed = content(tensor)
+                integers = np.stack([packed & 15, packed >> 4], -1).reshape(tensor.shape).astype("int8")
+                integers -= 16 * (integers > 7)
+                scales = content(graph.tensors[tensor.quantization.details.scales]).view("float16")
+                scales = np.repeat(scales.astype("float32").reshape(tensor.shape[0], -1), 32, axis=1)
+            elif tensor.type == schema.TensorType.INT8:
+                integers = content(tensor).view("int8").reshape(tensor.shape)
+                scales = np.asarray(tensor.quantization.scale, "float32")[:, None]
+            else:
+                continue
+            found[tensor.buffer] = integers * scales
+    return list(found.values())
+
+
 def test_the_file_holds_the_matrix_of_4_bits(tmp_path):
     """What the quantiser writes is, number for number, the matrix that comes in."""
     matrix, _ = grid(48, 64)
@@ -185,15 +207,32 @@ def test_the_file_holds_the_matrix_of_4_bits(tmp_path):
     path = tmp_path / "m.tflite"
     path.write_bytes(litert_worker.convert(str(tmp_path / "saved"), ["multiply"]))
     litert_worker.quantize(str(path), "int4", rows=400)
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes()))
-    (graph,) = model.subgraphs
-    (tensor,) = (tensor for tensor in graph.tensors if tensor.type == schema.TensorType.INT4)
-    content = lambda tensor: np.asarray(model.buffers[tensor.buffer].data, "uint8")  # noqa: E731
-    packed = content(tensor)
-    integers = np.stack([packed & 15, packed >> 4], -1).reshape(48, 64).astype("int8")
-    integers -= 16 * (integers > 7)
-    scales = content(graph.tensors[tensor.quantization.details.scales]).view("float16").astype("float32")
-    np.testing.assert_array_equal(integers * np.repeat(scales.reshape(48, 2), 32, axis=1), matrix)
+    (stored,) = stored_weights(path)
+    np.testing.assert_array_equal(stored, matrix)
+
+
+@pytest.mark.parametrize("kind", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_an_export_stores_the_weights_that_were_trained(llama, tokenizer, tmp_path, monkeypatch, kind):
+    """Number for number, and nothing is calibrated; afterwards the model has its exact ones."""
+    monkeypatch.setattr(litert, "own_batches", None)
+    task = CausalLM(llama, tokenizer)
+    task.compile(quantization_aware=kind)
+    before = [weight.numpy() for weight in llama.weights]
+    settings = {"prefill_lengths": [1], "cache_length": 4, "texts": (), "verbose": False}
+    task.export(tmp_path / "m.tflite", quantize=kind, **settings)
+    for weight, exact in zip(llama.weights, before, strict=True):
+        np.testing.assert_array_equal(weight, exact)
+    stored = stored_weights(tmp_path / "m.tflite")
+    try:
+        task.round_weights()
+        wanted = [layer.kernel.numpy().T for layer in gptq.layers_of_4_bits(llama)]
+        wanted.append(llama.token_embedding.embeddings.numpy())
+    finally:
+        for weight, exact in zip(llama.weights, before, strict=True):
+            weight.assign(exact)
+    assert len(stored) == len(wanted) == 15
+    for matrix in wanted:
+        assert any(np.array_equal(matrix, each) for each in stored), matrix.shape
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from kerasllm.config import load_run_config
+from kerasllm.export.gptq import is_of_4_bits
 from kerasllm.tasks import CausalLM, MaskedLM, Seq2SeqLM, SequenceClassifier
 from kerasllm.tasks.train import train, train_to_folder
 from kerasllm.training import TrainingProgress, training_flops
@@ -239,3 +240,24 @@ def test_settings_that_contradict_each_other():
         train(dataclasses.replace(run, training=long))
     with pytest.raises(ValueError, match="validate_every=25, steps=60"):
         dataclasses.replace(run.training, validate_every=25)
+
+
+def test_a_run_for_4_bits_writes_what_was_validated(tmp_path):
+    settings = ["training.steps=4", "training.validate_every=4", "training.quantization_aware=int4"]
+    run = load_run_config(None, [*settings_of("llama"), *settings, f"output={tmp_path}"])
+    result = train_to_folder(run)
+    model = CausalLM.from_pretrained(tmp_path)
+    assert is_of_4_bits(model.model)
+    # The table's rows have 8 bits.
+    table = model.model.token_embedding.embeddings.numpy()
+    steps = table / (np.abs(table).max(-1, keepdims=True) / 127)
+    np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4)
+    logged = json.loads((tmp_path / "run.json").read_text())
+    assert logged["training"]["quantization_aware"] == "int4"
+    again = model.evaluate(result.validation, sequence_length=32, batch_size=8, verbose=0)
+    assert again["perplexity"] == pytest.approx(result.perplexity, rel=1e-2)  # of windows, not segments
+
+
+def test_only_objectives_that_continue_texts_are_trained_for_rounded_weights():
+    with pytest.raises(ValueError, match="Received: 'int8' with the objective 'masked_lm'"):
+        load_run_config(None, [*settings_of("bert"), "training.quantization_aware=int8"])

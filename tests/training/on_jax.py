@@ -99,6 +99,7 @@ def errors():
     ids = np.ones((16, 16), "int32")
     batches = tf.data.Dataset.from_tensors((ids, ids, np.ones((16, 16), "float32")))
     note("model of another distribution", under(lambda: model.fit(batches, verbose=0), data=8))
+    note("rounded weights", lambda: alone.compile(quantization_aware="int8"))
     note("rows", under(lambda: classify(ids), data=8))
 
     note("shared state", lambda: AdamW(shard_state=True))

@@ -34,7 +34,9 @@ class StopAt(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-def train(replicas, is_sharded, folder=None, stop=None, dtype="float64", **options):
+def train(
+    replicas, is_sharded, folder=None, stop=None, dtype="float64", quantization_aware=None, **options
+):
     """Trains, from a save in the folder on if there is one; returns the model and the epochs' losses."""
     strategy = tf.distribute.get_strategy()
     if replicas > 1:
@@ -51,7 +53,8 @@ def train(replicas, is_sharded, folder=None, stop=None, dtype="float64", **optio
         options = {"epsilon": 1e-3, "global_clipnorm": 0.5, "weight_decay": 0.3, **options}
         optimizer = AdamW(1e-2, shard_state=is_sharded, **options)
         # Eager, for tracing costs more than these few steps.
-        model.compile(optimizer, microbatches=2, run_eagerly=True)
+        quantized = {"quantization_aware": quantization_aware}
+        model.compile(optimizer, microbatches=2, run_eagerly=True, **quantized)
     callbacks = []
     if folder is not None:
         callbacks = [checkpoints := Checkpoints(folder, every_steps=1)]
@@ -104,6 +107,23 @@ def parts():
         model.save(path)
         loaded = CausalLM.load(path)
     return {"held": held, "whole": whole, "values": len(slots), "loaded": difference(loaded, model)}
+
+
+def rounded():
+    """How far two replicas that train for weights of 8 bits are from one, and from exact weights."""
+    options = {"dtype": "float32", "quantization_aware": "int8"}
+    one, losses = train(1, False, **options)
+    two, others = train(2, False, **options)
+    copies = [[copy.numpy() for copy in weight.value.values] for weight in two.model.weights]
+    exact, _ = train(1, False, dtype="float32")
+    for model in (one, two):
+        model.round_weights()
+    return {
+        "weights": difference(two, one),
+        "losses": max(abs(a - b) for a, b in zip(losses, others, strict=True)),
+        "copies": max(float(np.abs(a - b).max()) for a, b in copies),
+        "exact": difference(exact, one),
+    }
 
 
 def resumed():

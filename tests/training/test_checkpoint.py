@@ -15,12 +15,13 @@ from kerasllm.models import T5, Bert, BertConfig, T5Config
 from kerasllm.training import AdamW, Checkpoints, cosine_schedule
 
 
-def make_model(dtype=None, optimizer=None, **changes):
+def make_model(dtype=None, optimizer=None, quantization_aware=None, **changes):
     keras.utils.set_random_seed(0)
     sizes = {"vocabulary_size": 20, "context_length": 6, "num_layers": 1, "num_heads": 2, "dim": 8}
     model = CausalLM(GPT2(GPT2Config(**{**sizes, "dropout": 0.2, **changes}), dtype=dtype))
     # Eager, for tracing costs more than these few steps.
-    model.compile(optimizer or AdamW(cosine_schedule(1e-2, 20, 2)), run_eagerly=True)
+    options = {"quantization_aware": quantization_aware, "run_eagerly": True}
+    model.compile(optimizer or AdamW(cosine_schedule(1e-2, 20, 2)), **options)
     return model
 
 
@@ -51,19 +52,23 @@ def state(model):
 
 # In the middle of an epoch and at its end; epochs that are passes over the data, and parts of one pass.
 @pytest.mark.parametrize(
-    ("stop", "dtype", "is_stream"),
-    [(3, "float32", False), (6, "float32", True), (4, "mixed_float16", False)],
+    ("stop", "is_stream", "options"),
+    [
+        (3, False, {}),
+        (6, True, {"quantization_aware": "int8"}),
+        (4, False, {"dtype": "mixed_float16"}),
+    ],
 )
-def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path, stop, dtype, is_stream):
+def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path, stop, is_stream, options):
     batches = make_batches(12 if is_stream else 4)
     epochs = {"epochs": 3, "steps_per_epoch": 4 if is_stream else None}
     kwargs = {**epochs, "validation_data": make_batches(2), "verbose": 0}
-    straight = make_model(dtype)
+    straight = make_model(**options)
     history = straight.fit(batches, **kwargs).history
 
     with pytest.raises(KeyboardInterrupt):
-        make_model(dtype).fit(batches, callbacks=[Checkpoints(tmp_path, 1), StopAfter(stop)], **kwargs)
-    resumed = make_model(dtype)
+        make_model(**options).fit(batches, callbacks=[Checkpoints(tmp_path, 1), StopAfter(stop)], **kwargs)
+    resumed = make_model(**options)
     checkpoints = Checkpoints(tmp_path, every_steps=1, keep=100)
     got = resumed.fit(batches, callbacks=[checkpoints], **kwargs).history
     for ours, theirs in zip(state(resumed), state(straight), strict=True):

@@ -75,6 +75,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         "model of no distribution": "A model must be made, compiled and trained under the same distri",
         "model of another distribution": "A model must be made, compiled and trained under the same distri",
         "rows": "The rows of a batch must be a multiple of the devices that they are divided among",
+        "rounded weights": "`quantization_aware` needs the TensorFlow backend",
         "shared state": "on JAX use `make_distribution(shard=",
         "generate": "Generating text needs the TensorFlow backend",
         "embed": "Reading texts needs the TensorFlow backend",

@@ -37,7 +37,7 @@ def run_in_process(*names):
 
 @pytest.fixture(scope="module")
 def found():
-    return run_in_process("parts", "resumed")
+    return run_in_process("parts", "resumed", "rounded")
 
 
 @pytest.mark.timeout(600)
@@ -54,6 +54,14 @@ def test_a_training_goes_on_with_other_replicas(found):
     """Also from a state that is shared to one that is not."""
     errors = found["resumed"]
     assert max(errors.values()) < 1e-10, errors
+
+
+@pytest.mark.timeout(600)
+def test_replicas_round_alike(found):
+    facts = found["rounded"]
+    assert facts["weights"] < 1e-5 and facts["losses"] < 1e-5, facts
+    assert facts["copies"] == 0
+    assert facts["exact"] > 1e-3, facts
 
 
 @pytest.mark.slow
