@@ -44,7 +44,7 @@ def change(model, before):
     ],
 )
 def test_an_update_is_that_of_the_rounded_model_on_the_exact_weights(kind, tie_embeddings, dtype, options):
-    """The gradient is the one that the model of rounded weights has, of which the optimizer knows nothing."""
+    """The gradient is that of the model of rounded weights, of which the optimizer knows nothing."""
     model, plain = make_model(tie_embeddings, dtype), make_model(tie_embeddings, dtype)
     plain.compile(quantization_aware=kind, jit_compile=False)
     plain.round_weights()
