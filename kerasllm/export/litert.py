@@ -32,8 +32,9 @@ _CALIBRATED = {
     "int8": ("int8_smoothed", smooth.smoothed, smooth.TOKENS),
     "int4": ("int4", gptq.rounded_weights, gptq.TOKENS),
 }
-# So many times the float32 weights is what the converter needs at its peak, measured with 135 million.
-_CONVERTER_MEMORY = 11
+# So many times the float32 weights is what the converter needs at its peak, and so many times more for each
+# signature, measured with 135 million weights and 2, 5 and 12 signatures.
+_CONVERTER_MEMORY, _SIGNATURE_MEMORY = 10, 0.45
 # Cache of a model with a longer context: attention reads all of it for each token.
 _LONGEST_CACHE = 2048
 # A conversation is at first much shorter than that.
@@ -240,20 +241,10 @@ def converted(
             f"`calibration_texts` are for quantize={' or '.join(map(repr, _CALIBRATED))}. "
             f"Received: quantize={quantize!r}"
         )
-    check_convertible(model, tokenizer, quantize, force, runs=bool(texts))
+    shapes = _shapes(prefill_lengths, cache_length, short_lengths)
+    check_convertible(model, tokenizer, quantize, force, runs=bool(texts), signatures=len(shapes))
     kind, change, tokens = _CALIBRATED.get(quantize, (quantize, None, 0))
     batches = token_batches(tokenizer, calibration_texts, context, tokens) if calibration_texts else []
-
-    shapes = {f"prefill_{n}": (n, cache_length) for n in sorted(set(prefill_lengths)) if n <= cache_length}
-    shapes = shapes or {"prefill_1": (1, cache_length)}
-    short_lengths = [n for n in sorted(set(short_lengths)) if n < cache_length]
-    for length, _ in list(
-        shapes.values()
-    ):  # the shortest of each: others would make the file as much larger
-        if columns := next((n for n in short_lengths if n >= length), None):
-            shapes[f"read_{length}_{columns}"] = length, columns
-    shapes |= {f"decode_{n}": (1, n) for n in short_lengths}
-    shapes["decode"] = (1, cache_length)
     signatures = {
         name: _signature(model, length, cache_length, columns, name.startswith("decode"))
         for name, (length, columns) in shapes.items()
@@ -288,6 +279,19 @@ def converted(
         yield file, report
 
 
+def _shapes(prefill_lengths, cache_length, short_lengths) -> dict[str, tuple[int, int]]:
+    """Returns how many tokens each signature takes, and at how many columns of the cache it looks."""
+    shapes = {f"prefill_{n}": (n, cache_length) for n in sorted(set(prefill_lengths)) if n <= cache_length}
+    shapes = shapes or {"prefill_1": (1, cache_length)}
+    short_lengths = [n for n in sorted(set(short_lengths)) if n < cache_length]
+    for length, _ in list(shapes.values()):
+        # For the shortest texts that it fits in: each signature takes megabytes of the file.
+        if columns := next((n for n in short_lengths if n >= length), None):
+            shapes[f"read_{length}_{columns}"] = length, columns
+    shapes |= {f"decode_{n}": (1, n) for n in short_lengths}
+    return {**shapes, "decode": (1, cache_length)}
+
+
 def check_new(path: pathlib.Path, beside: Sequence[pathlib.Path]) -> None:
     """Raises an error if a `.tflite` cannot be made at a path, with the files beside it."""
     if path.suffix != ".tflite":
@@ -301,13 +305,19 @@ def check_new(path: pathlib.Path, beside: Sequence[pathlib.Path]) -> None:
 
 
 def check_convertible(
-    model: LanguageModel, tokenizer: Tokenizer, quantize: str | None, force: bool, runs: bool = False
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    quantize: str | None,
+    force: bool,
+    runs: bool = False,
+    signatures: int = 1,
 ) -> None:
     """Raises an error if a model cannot be converted here.
 
     Args:
         model, tokenizer, quantize, force: As in `export_litert`.
         runs: Whether the file is going to be run as well.
+        signatures: How many the file is going to have.
     """
     if quantize not in LARGEST_DIVERGENCE:
         kinds = ", ".join(map(repr, LARGEST_DIVERGENCE))
@@ -330,7 +340,7 @@ def check_convertible(
                 f"{litert_worker.BLOCK}. Received: {odd}"
             )
     if not force:
-        check_memory(model)
+        check_memory(model, signatures)
 
 
 def available_memory() -> int | None:
@@ -348,9 +358,10 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
-def check_memory(model: LanguageModel) -> None:
-    """Raises a MemoryError where there is too little memory to convert a model."""
-    needed, available = _CONVERTER_MEMORY * 4 * model.count_params(), available_memory()
+def check_memory(model: LanguageModel, signatures: int) -> None:
+    """Raises a MemoryError where there is too little memory to convert so many signatures of a model."""
+    times = _CONVERTER_MEMORY + _SIGNATURE_MEMORY * signatures
+    needed, available = times * 4 * model.count_params(), available_memory()
     if available is not None and needed > available:
         raise MemoryError(
             f"The conversion needs about {needed / 1e9:.1f} GB of memory; `force` tries all the same. "

@@ -228,8 +228,8 @@ class CausalLM(TokenTraining, GeneratingTask):
                 `kerasllm.export.export_litert` and `export_litertlm`, such as `quantize`; and `dtype`, the
                 precision of the weights, as in `with_dtype`. Where `texts` is left out and the runtime is
                 installed, an export for devices is compared with the model on stories made by the library.
-                With `quantize` as in `compile(quantization_aware=...)`, an export for devices stores, and
-                is compared with, the rounded weights that were trained.
+                With `quantize` as in `compile(quantization_aware=...)`, an export for devices is made of,
+                and compared with, the rounded weights that were trained; `"int4"` stores just these.
 
         Returns:
             The path.

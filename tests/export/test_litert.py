@@ -302,7 +302,7 @@ def test_too_little_memory_and_unknown_operations_are_refused_at_once(random_lm,
     arguments = (random_lm.model, random_lm.tokenizer, tmp_path / "m.tflite")
     assert 1e8 < litert_export.available_memory() < 1e14
     with monkeypatch.context() as patch:
-        patch.setattr(litert_export, "available_memory", lambda: 44 * random_lm.count_params() - 1)
+        patch.setattr(litert_export, "available_memory", lambda: 42 * random_lm.count_params())
         with pytest.raises(MemoryError, match="The conversion needs about"):
             export_litert(*arguments)
         with pytest.raises(AssertionError):  # by force it goes on
