@@ -33,7 +33,7 @@ def export_litert_encoder(
     compute: Callable[[dict[str, tf.Tensor]], dict[str, tf.Tensor]],
     settings: Mapping[str, Any],
     with_token_types: bool = False,
-    lengths: Sequence[int] = (32, 128, 512),
+    lengths: Sequence[int] = (32, 64, 128, 256, 512),
     quantize: str | None = None,
     force: bool = False,
     verbose: bool = True,
@@ -51,8 +51,8 @@ def export_litert_encoder(
         compute: From the inputs by name to the outputs by name.
         settings: What `encoder.json` says besides, such as the id that fills texts up.
         with_token_types: Whether there are `token_type_ids`.
-        lengths: Lengths of a text; those above the model's context are left out, and a text takes the
-            shortest that it fits into.
+        lengths: Lengths of a text, which takes the shortest that it fits into; for those above the longest
+            that the model reads, that one.
         quantize, force, verbose: As in `export_litert`; `"int4"` chooses scales only, without GPTQ.
 
     Returns:
@@ -62,7 +62,7 @@ def export_litert_encoder(
         ValueError, FileExistsError, ModuleNotFoundError, MemoryError, RuntimeError: As in `export_litert`.
     """
     context = model.config.context_length
-    lengths = _checked_lengths("lengths", lengths, context)
+    lengths = _checked_lengths("lengths", lengths, min(context, settings.get("max_length") or context))
     names = ["token_ids", "attention_mask"] + ["token_type_ids"] * with_token_types
 
     def signature(length):
@@ -106,7 +106,7 @@ def export_litert_seq2seq(
         path: The file to write, ending in `.tflite`, in a folder of its own: `tokenizer.json` and
             `generation_config.json` are written beside it.
         config: Defaults of the generation.
-        source_lengths: Lengths of a source; those above the model's context are left out.
+        source_lengths: Lengths of a source; for those above the model's context, that one.
         cache_length: Most tokens of an answer.
         quantize, force, verbose: As in `export_litert`; `"int4"` chooses scales only, without GPTQ.
 
@@ -178,10 +178,10 @@ def memory_names(number: int) -> tuple[str, str]:
     return f"memory_k_{number}", f"memory_v_{number}"
 
 
-def _checked_lengths(name: str, lengths: Sequence[int], context: int) -> list[int]:
+def _checked_lengths(name: str, lengths: Sequence[int], longest: int) -> list[int]:
     if not lengths or min(lengths) < 1:
         raise ValueError(f"`{name}` must be at least 1 each. Received: {lengths}")
-    return sorted({length for length in lengths if length <= context}) or [context]
+    return sorted({min(length, longest) for length in lengths})
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ def test_embedder(tmp_path):
     network = randomize(Bert(CONFIG, head=None))
     model = TextEmbedder(network, make_word_piece(), pooling="mean", normalize=True, max_length=8)
     encoder = Encoder(model.export(tmp_path / "m.tflite", lengths=LENGTHS), num_threads=2)
-    assert set(encoder._buffers) == set(LENGTHS)
+    assert set(encoder._buffers) == {6, 8}  # no text is longer than 8
     for text, wanted in zip(TEXTS, model.encode(TEXTS), strict=True):
         np.testing.assert_allclose(encoder(text)["embedding"], wanted, atol=1e-5)
     names = {detail["op_name"] for detail in Interpreter(str(tmp_path / "m.tflite"))._get_ops_details()}
