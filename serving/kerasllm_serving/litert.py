@@ -202,31 +202,29 @@ class CachedModel:
                 buffer = self._cache[name] = self._model.create_input_buffer_by_name("decode", name)
                 # What is hidden counts zero times, but not where it is no number.
                 buffer.write(np.zeros(detail["shape"], "float32"))
-        self._buffers = {
-            name: {
-                part: self._model.create_input_buffer_by_name(name, part)
-                for part in ("tokens", "input_pos", "mask")
-            }
-            for name in (
-                *(name for reads in self._reads.values() for name in reads.values()),
-                *self._decodes.values(),
-            )
-        }
         self.vocabulary_size = int(self._model.get_output_tensor_details("decode")["logits"]["shape"][-1])
         self._logits = self._model.create_output_buffer_by_name("decode", "logits")
+        # What each signature takes and gives: the cache in its place, so that it is never copied.
+        self._buffers = {}
+        for name in (
+            *self._decodes.values(),
+            *(name for reads in self._reads.values() for name in reads.values()),
+        ):
+            parts = ("tokens", "input_pos", "mask")
+            inputs = {part: self._model.create_input_buffer_by_name(name, part) for part in parts}
+            outputs = {"logits": self._logits} if name in self._decodes.values() else {}
+            self._buffers[name] = inputs | self._cache, outputs | self._cache
 
     def _run(self, name: str, tokens: Sequence[int], length: int, position: int, columns: int) -> None:
         """Calls a signature for `length` tokens from `position` on, of which `tokens` are real."""
-        places = position + np.arange(length, dtype="int32")
-        mask = np.where(np.arange(columns) <= places[:, None], 0.0, _HIDDEN)
-        buffers = self._buffers[name]
-        buffers["tokens"].write(np.array([*tokens, *[0] * (length - len(tokens))], "int32")[None])
-        buffers["input_pos"].write(places)
-        buffers["mask"].write(mask[None, None].astype("float32"))
-        outputs = dict(self._cache)
-        if name in self._decodes.values():
-            outputs["logits"] = self._logits
-        self._model.run_by_name(name, {**buffers, **self._cache}, outputs)
+        places = np.arange(position, position + length, dtype="int32")
+        mask = np.zeros((1, 1, length, columns), "float32")
+        mask[0, 0][np.arange(columns) > places[:, None]] = _HIDDEN
+        inputs, outputs = self._buffers[name]
+        inputs["tokens"].write(np.array([[*tokens, *[0] * (length - len(tokens))]], "int32"))
+        inputs["input_pos"].write(places)
+        inputs["mask"].write(mask)
+        self._model.run_by_name(name, inputs, outputs)
 
     def prefill(self, tokens: Sequence[int], start: int = 0) -> None:
         """Reads tokens of a text.
