@@ -111,8 +111,8 @@ class TrainingSettings:
         remat: What is computed again to save memory: `cheap` (norms, activations, attention weights) or
             `blocks` (all inside of the blocks); null: nothing.
         quantization_aware: For GPT-2 and Llama that learn to continue texts: the LiteRT export, `int8` or
-            `int4`, that the model is trained for. All is computed with rounded weights, the validation too,
-            and the rounded ones are written; null: none.
+            `int4`, that the model is trained for. Updates and validations are computed with rounded
+            weights, samples with the exact ones; the rounded ones are written; null: none.
         strategy: Where it is computed: `one` device, all GPUs of this machine (`mirrored`), the workers
             that TF_CONFIG names (`multi_worker`), a Cloud TPU (`tpu`), or what there is (`auto`).
         save_every: Updates between two checkpoints; null: only with each validation.

@@ -173,7 +173,7 @@ class CausalLM(TokenTraining, GeneratingTask):
         """Replaces the weights by the rounded ones that a training with `quantization_aware` computed with.
 
         So `generate`, `save_pretrained` and a SavedModel have them too. A LiteRT export with the same
-        `quantize` needs no call: it stores them by itself. To train on, keep the exact ones, with `save`.
+        `quantize` needs no call: it rounds them by itself. To train on, keep the exact ones, with `save`.
 
         Raises:
             ValueError: If the model is not compiled with `quantization_aware`.
@@ -238,15 +238,16 @@ class CausalLM(TokenTraining, GeneratingTask):
             FileExistsError: If `path` exists.
             ValueError: If the model has no tokenizer or an argument does not fit.
         """
-        return super().export(path, **kwargs)
+        # What a training rounded is stored as that, and not rounded for other ends than the training's.
+        # Here, for a copy in another precision is not compiled and knows of no training.
+        trained_for = self._compile_options["quantization_aware"] if self.compiled else None
+        is_stored = trained_for is not None and trained_for == kwargs.get("quantize")
+        with rounded_weights(self.model, self._rounding if is_stored else None):
+            return super().export(path, **kwargs)
 
     def _export(self, path, **kwargs):
         writers = {".tflite": export_litert, ".litertlm": export_litertlm}
         write = writers.get(pathlib.Path(path).suffix, export_saved_model)
         if write is not export_saved_model and importlib.util.find_spec("ai_edge_litert") is not None:
             kwargs.setdefault("texts", generate_stories(_HELD_OUT_STORIES, seed=_HELD_OUT_SEED))
-        # What a training rounded is stored as that, and not rounded for other ends than the training's.
-        trained_for = self._compile_options["quantization_aware"] if self.compiled else None
-        is_stored = trained_for is not None and trained_for == kwargs.get("quantize")
-        with rounded_weights(self.model, self._rounding if is_stored else None):
-            return write(self.model, self.tokenizer, path, self.generation_config, **kwargs)
+        return write(self.model, self.tokenizer, path, self.generation_config, **kwargs)

@@ -12,7 +12,7 @@ import keras
 
 from kerasllm.layers import TokenEmbedding
 from kerasllm.layers.dense import Dense
-from kerasllm.layers.rounding import BLOCK, Rounding, round_to_4_bits, round_to_8_bits
+from kerasllm.layers.rounding import BLOCK, Rounding, exact_value, round_to_4_bits, round_to_8_bits
 from kerasllm.models import LanguageModel
 
 # What `make_rounding` knows.
@@ -79,7 +79,7 @@ def round_weights(model: LanguageModel, rounding: Rounding) -> None:
     for layer in _layers(model):
         weights = _weights(layer)
         rounded = rounding.kernel if isinstance(layer, Dense) else rounding.rows
-        weights.assign(rounded(weights.value))
+        weights.assign(rounded(exact_value(weights)))
 
 
 @contextlib.contextmanager

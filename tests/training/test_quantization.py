@@ -9,6 +9,8 @@ from reference.weights import randomize
 from kerasllm import GPT2, Bert, BertConfig, CausalLM, GPT2Config, Llama, LlamaConfig, MaskedLM
 from kerasllm.export import gptq
 from kerasllm.layers import TokenEmbedding
+from kerasllm.tasks import causal_lm
+from kerasllm.tokenizers import train_tokenizer
 
 SIZES = {"vocabulary_size": 40, "context_length": 8, "num_layers": 1, "num_heads": 4, "dim": 32}
 LLAMA = {**SIZES, "num_kv_heads": 2, "intermediate_dim": 64}
@@ -163,3 +165,21 @@ def test_all_layers_that_an_export_rounds_are_known():
     assert matrices == {each.kernel.path for each in gptq.layers_of_4_bits(model)} | {
         each.embeddings.path for each in tables
     }
+
+
+@pytest.mark.parametrize("dtype", [None, "mixed_bfloat16"])
+def test_an_export_of_the_kind_that_was_trained_gets_the_rounded_weights(tmp_path, monkeypatch, dtype):
+    """Also where it is made of a copy, as LiteRT wants float32; an export of another kind does not."""
+    got = []
+    write = lambda model, *_, **options: got.append((options, gptq.is_of_4_bits(model)))  # noqa: E731
+    monkeypatch.setattr(causal_lm, "export_litert", write)
+    model = make_model(dtype=dtype)
+    model.tokenizer = train_tokenizer("character", ["some text"], 40)
+    model.compile(quantization_aware="int4")
+    exact = arrays(model)
+    given = {} if dtype is None else {"dtype": "float32"}
+    for kind in ("int4", "int8"):
+        model.export(tmp_path / "m.tflite", quantize=kind, texts=(), **given)
+    assert got == [({"quantize": "int4", "texts": ()}, True), ({"quantize": "int8", "texts": ()}, False)]
+    for path, array in arrays(model).items():
+        np.testing.assert_array_equal(array, exact[path])
