@@ -3,6 +3,7 @@
 The matrices and the token table are rounded where they are used, as the LiteRT export of the same name
 stores them, and the optimizer changes the exact ones; as in Liu et al.: "LLM-QAT: Data-Free Quantization
 Aware Training for Large Language Models" (2023), but for the activations, which stay exact here.
+In mixed precision the products then take the rounded weights in half precision, as they take exact ones.
 """
 
 import contextlib
