@@ -1,6 +1,7 @@
 """Language models in Keras: load or train with model.fit, export once, generate everywhere."""
 
 import importlib.util
+import pkgutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -47,14 +48,15 @@ def __getattr__(name: str) -> object:
     if name in __all__:
         _load()
         return globals()[name]
-    if not name.startswith("_") and importlib.util.find_spec(f"kerasllm.{name}"):
+    if name.isidentifier() and not name.startswith("_") and importlib.util.find_spec(f"kerasllm.{name}"):
         return importlib.import_module(f"kerasllm.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *(module.name for module in pkgutil.iter_modules(__path__))})
 
 
 if "keras" in sys.modules:
-    _load()  # `keras.models.load_model` then knows all layers, as whoever imports both expects
+    # `keras.models.load_model` then knows all layers. Where Keras comes later, a name must be used first.
+    _load()

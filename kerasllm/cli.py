@@ -257,7 +257,10 @@ def _parser() -> argparse.ArgumentParser:
         help="for int8 and int4: texts that the export is fitted to (default: what the model writes)",
     )
     devices.add_argument(
-        "--cache-length", type=int, metavar="TOKENS", help="most tokens of prompt and answer"
+        "--cache-length",
+        type=int,
+        metavar="TOKENS",
+        help="most tokens of prompt and answer; in a .litertlm unused ones cost time too",
     )
     devices.add_argument(
         "--prefill-lengths", type=int, nargs="+", metavar="TOKENS", help="tokens that one call may read"
@@ -265,9 +268,9 @@ def _parser() -> argparse.ArgumentParser:
     devices.add_argument(
         "--short-lengths",
         type=int,
-        nargs="+",
+        nargs="*",
         metavar="TOKENS",
-        help="of a .tflite: lengths of a text up to which calls are quicker (default: 256 512 1024)",
+        help="of a .tflite: lengths up to which calls are quicker (default: 256 512 1024)",
     )
     devices.add_argument(
         "--sentencepiece-model",

@@ -140,8 +140,10 @@ def export_litert(
             left out.
         cache_length: Most tokens of prompt and continuation. None: the model's context, but not more
             than 2,048.
-        short_lengths: Lengths of a text up to which calls of their own read and decode it, which look at no
-            more of the cache and so are quicker. Those not below `cache_length` are left out.
+        short_lengths: Lengths of a text up to which calls of their own decode it, which look at no more of
+            the cache and so are quicker; and for each of `prefill_lengths` one that reads, up to the
+            shortest of these lengths that it fits in. Each call takes a megabyte or two of the file.
+            Lengths not below `cache_length` are left out.
         quantize: `"int8"`: weights of 8 bits with a scale per row. `"int4"`: weights of 4 bits in blocks
             of 32, token table and head of 8. Both quantise the activations as they come; that can cost
             more than a divergence on prose shows, in chats most. `"int8_weights"`: weights of 8 bits that
@@ -256,7 +258,9 @@ def converted(
         file = pathlib.Path(work, "model.tflite")
         report = {"quantize": quantize, "cache_length": cache_length, "signatures": list(shapes)}
         if quantize == "int4" and gptq.is_of_4_bits(model):
-            change = None  # nothing would move
+            change, report["calibration_tokens"] = None, 0  # nothing would move
+            if verbose:
+                print("LiteRT: the weights are of 4 bits already, so nothing is calibrated", flush=True)
         if change:
             if verbose and not batches:
                 print("LiteRT: the model writes what it is calibrated on", flush=True)
@@ -332,6 +336,12 @@ def check_convertible(
             raise ModuleNotFoundError(
                 f"This export needs an extra: pip install 'kerasllm[litert]'. There is no {module}."
             )
+    layers = [layer for layer in model._flatten_layers() if getattr(layer, "lora_enabled", False)]
+    if layers and quantize in _CALIBRATED:
+        raise ValueError(
+            f"An export with quantize={quantize!r} fits the weights to texts, and takes no LoRA. "
+            f"Received: LoRA in {len(layers)} layers"
+        )
     if quantize == "int4":
         widths = {layer.kernel.shape[0] for layer in gptq.layers_of_4_bits(model)}
         if odd := sorted(width for width in widths if width % litert_worker.BLOCK):
@@ -463,7 +473,8 @@ def compare_litert(
         file: The file.
         texts: Held-out texts.
         cache_length: Of the file; longer texts are cut.
-        most_tokens: How many tokens are looked at, of the texts one after another.
+        most_tokens: How many tokens are predicted, those of the second halves of the texts, one text after
+            the other.
 
     Returns:
         `tokens`: how many tokens were predicted; `nll` and `model_nll`: mean negative log-likelihood of
@@ -478,28 +489,31 @@ def compare_litert(
 
     runtime = CachedModel(file)
     sums = dict.fromkeys(("nll", "model_nll", "divergence", "top1_agreement"), 0.0)
-    count, seconds = 0, 0.0
+    count, steps, seconds = 0, 0, 0.0
     for text in texts:
-        ids = tokenizer.encode(text)[: min(cache_length, most_tokens - count + 1)]
+        ids = tokenizer.encode(text)[: min(cache_length, 2 * (most_tokens - count) + 1)]
         if len(ids) < 2:
             continue
         wanted = tf.nn.log_softmax(model(np.array([ids], "int32"))[0]).numpy()
+        # The first half is read at once, so that errors of what reads show too.
+        half = (len(ids) - 1) // 2
+        runtime.prefill(ids[:half])
         begin = time.monotonic()
-        logits = np.stack([runtime.decode(token, place) for place, token in enumerate(ids)])
-        seconds += time.monotonic() - begin
-        got = tf.nn.log_softmax(logits).numpy()
-        follows = np.arange(len(ids) - 1), ids[1:]
+        logits = np.stack([runtime.decode(ids[place], place) for place in range(half, len(ids))])
+        seconds, steps = seconds + time.monotonic() - begin, steps + len(logits)
+        got, wanted = tf.nn.log_softmax(logits).numpy(), wanted[half:]
+        follows = np.arange(len(logits) - 1), ids[half + 1 :]
         sums["nll"] -= float(got[follows].sum())
         sums["model_nll"] -= float(wanted[follows].sum())
         wanted, got = wanted[:-1].astype("float64"), got[:-1].astype("float64")
         sums["divergence"] += float((np.exp(wanted) * (wanted - got)).sum())
         sums["top1_agreement"] += float((wanted.argmax(-1) == got.argmax(-1)).sum())
-        count += len(ids) - 1
+        count += len(logits) - 1
         if count >= most_tokens:
             break
     if not count:
         raise ValueError("`texts` must hold at least two tokens in one text. Received: none")
-    speed = (count + 1) / seconds if seconds else math.inf
+    speed = steps / seconds if seconds else math.inf
     means = {name: total / count for name, total in sums.items()}
     return {"tokens": count, **means, "decode_tokens_per_second": speed}
 

@@ -71,7 +71,10 @@ def export_litert_encoder(
         with lite_tables():
             return run.get_concrete_function(**specs)
 
-    with _new_model(model, tokenizer, path, ENCODER_SETTINGS, quantize, force) as (path, file):
+    with _new_model(model, tokenizer, path, ENCODER_SETTINGS, quantize, force, len(lengths)) as (
+        path,
+        file,
+    ):
         signatures = {f"encode_{length}": signature(length) for length in lengths}
         check_operations(signatures)
         took = convert(model, signatures, file, quantize, verbose)
@@ -150,7 +153,7 @@ def export_litert_seq2seq(
             return tf.function(function, autograph=False).get_concrete_function(**specs)
 
     config_file = "generation_config.json"
-    with _new_model(model, tokenizer, path, config_file, quantize, force) as (path, file):
+    with _new_model(model, tokenizer, path, config_file, quantize, force, len(lengths) + 1) as (path, file):
         signatures = {
             f"encode_{n}": trace(encode, token_ids=([1, n], tf.int32), attention_mask=([1, n], tf.int32))
             for n in lengths
@@ -192,11 +195,12 @@ def _new_model(
     beside: str,
     quantize: str | None,
     force: bool,
+    signatures: int,
 ) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
     """Checks what is asked for; yields the path and a file to fill, which then gets its name."""
     path = pathlib.Path(path)
     check_new(path, [path.parent / "tokenizer.json", path.parent / beside])
-    check_convertible(model, tokenizer, quantize, force)
+    check_convertible(model, tokenizer, quantize, force, signatures=signatures)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         file = pathlib.Path(work, "model.tflite")

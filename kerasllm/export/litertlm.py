@@ -166,7 +166,8 @@ def export_litertlm(
         model, tokenizer, config, prefill_lengths, cache_length, texts, calibration_texts,
         largest_divergence, force, verbose:
             As in `export_litert`. With one long prefill only, the runtime could not read a short turn near
-            the end of the cache.
+            the end of the cache. Each token costs as much time as a full cache would: with 2,048 places
+            twice that of 512.
         path: The file to write, ending in `.litertlm`.
         quantize: As in `export_litert`.
         sentencepiece_model: The SentencePiece model that the tokenizer was read from, such as a

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
-from keras.src.backend import AutocastScope
 
 # So many weights of 4 bits share a scale.
 BLOCK = 32
@@ -54,6 +53,8 @@ def weight_rounding() -> Rounding | None:
 
 def exact_value(variable):
     """Returns the value of a variable as it is stored, where Keras casts it to the compute dtype."""
+    from keras.src.backend import AutocastScope  # Keras has no public way; needed by such trainings only
+
     with AutocastScope(None):
         # Reshaped, it is a value and no variable, which would want a gradient of its own kind.
         return ops.reshape(variable, variable.shape)

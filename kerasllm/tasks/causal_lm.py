@@ -228,8 +228,8 @@ class CausalLM(TokenTraining, GeneratingTask):
                 `kerasllm.export.export_litert` and `export_litertlm`, such as `quantize`; and `dtype`, the
                 precision of the weights, as in `with_dtype`. Where `texts` is left out and the runtime is
                 installed, an export for devices is compared with the model on stories made by the library.
-                With `quantize` as in `compile(quantization_aware=...)`, an export for devices is made of,
-                and compared with, the rounded weights that were trained; `"int4"` stores just these.
+                With `quantize="int4"` and `compile(quantization_aware="int4")`, an export for devices
+                stores, and is compared with, the rounded weights that were trained.
 
         Returns:
             The path.
@@ -238,10 +238,10 @@ class CausalLM(TokenTraining, GeneratingTask):
             FileExistsError: If `path` exists.
             ValueError: If the model has no tokenizer or an argument does not fit.
         """
-        # What a training rounded is stored as that, and not rounded for other ends than the training's.
-        # Here, for a copy in another precision is not compiled and knows of no training.
+        # What a training rounded to 4 bits is stored as that; weights of 8 bits are rounded once, after the
+        # smoothing. Here, for a copy in another precision is not compiled and knows of no training.
         trained_for = self._compile_options["quantization_aware"] if self.compiled else None
-        is_stored = trained_for is not None and trained_for == kwargs.get("quantize")
+        is_stored = trained_for == "int4" == kwargs.get("quantize")
         with rounded_weights(self.model, self._rounding if is_stored else None):
             return super().export(path, **kwargs)
 

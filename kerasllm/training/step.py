@@ -96,8 +96,8 @@ class Training:
                 more time and least memory; None: nothing.
             quantization_aware: `"int8"` or `"int4"`, for models that continue texts: `fit` and `evaluate`
                 compute with the matrices and the token table rounded as a LiteRT export with that
-                `quantize` rounds them (for `"int8"` before it smooths the activations, which rounds the
-                weights once more), while the optimizer changes the exact weights. Elsewhere, such as
+                `quantize` rounds them (that of `"int8"` smooths the activations first, so its numbers are
+                not the same), while the optimizer changes the exact weights. Elsewhere, such as
                 in `generate`, the model has the exact ones, until `CausalLM.round_weights`. None: nothing
                 is rounded.
             **kwargs: As in Keras.

@@ -355,9 +355,11 @@ def _load(path: str | os.PathLike, num_threads: int | None) -> Any:
 
     options = Options(
         hardware_accelerators=HardwareAccelerator.CPU,
-        # Signatures share the weights as the kernels want them; without, each has its own copy.
+        # Signatures share the weights as the kernels want them; without, each has its own copy. The runtime
+        # keeps them in a file that is in memory only, where the system has such.
         cpu_options=CpuOptions(
-            num_threads=num_threads or os.cpu_count() or 1, xnnpack_weight_cache_path=":memory:"
+            num_threads=num_threads or os.cpu_count() or 1,
+            xnnpack_weight_cache_path=":memory:" if hasattr(os, "memfd_create") else "",
         ),
     )
     try:

@@ -87,7 +87,7 @@ def test_the_report_compares_with_the_model(tflite, random_lm):
     report = json.loads((tflite.parent / "report.json").read_text())
     assert report["size_bytes"] == tflite.stat().st_size
     assert report["weight_bytes"] == 4 * random_lm.count_params()
-    assert report["peak_bytes"] > 1e8 and report["tokens"] > 200 and report["top1_agreement"] == 1
+    assert report["peak_bytes"] > 1e8 and report["tokens"] > 80 and report["top1_agreement"] == 1
     assert abs(report["divergence"]) < 1e-5 and abs(report["nll"] - report["model_nll"]) < 1e-4
     loss = random_lm.evaluate(  # the same tokens as one text; other texts have other beginnings
         generate_stories(4, seed=5), sequence_length=45
@@ -312,6 +312,31 @@ def test_too_little_memory_and_unknown_operations_are_refused_at_once(random_lm,
     with pytest.raises(ValueError, match="builtin operations. Received: \\['Lgamma'\\] in prefill_8"):
         export_litert(*arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calls_look_at_no_more_of_the_cache_than_they_must(tflite, monkeypatch):
+    model, names = CachedModel(tflite), []
+    run = model._model.run_by_name
+    monkeypatch.setattr(
+        model._model, "run_by_name", lambda name, *rest: names.append(name) or run(name, *rest)
+    )
+    model.prefill([1] * 3)
+    model.prefill([1] * 16, 8)
+    model.prefill([1] * 16, 9)
+    model.decode(1, 23)
+    model.decode(1, 24)
+    assert names == ["read_4_24", "read_16_24", "prefill_16", "decode_24", "decode"]
+
+
+def test_lora_is_refused_where_weights_are_fitted(tokenizer, tmp_path):
+    config = LlamaConfig(vocabulary_size=400, context_length=8, num_layers=1, num_heads=1, num_kv_heads=1,
+                         dim=32, intermediate_dim=32)  # fmt: skip
+    model = Llama(config)
+    model(np.array([[1]]))
+    model.blocks[0].attention.query.enable_lora(2)
+    for kind in ("int8", "int4"):
+        with pytest.raises(ValueError, match="takes no LoRA. Received: LoRA in 1 layers"):
+            export_litert(model, tokenizer, tmp_path / "m.tflite", quantize=kind)
 
 
 @pytest.fixture(scope="module")
