@@ -1,6 +1,7 @@
 """Real models are exported, and answer as they do live."""
 
 import pytest
+from reference.prompts import PROMPTS
 
 from kerasllm import CausalLM, TextEmbedder
 from kerasllm.data.assets import asset_path
@@ -26,15 +27,6 @@ def test_every_signature(task, asset, options, tmp_path):
     model = task.from_pretrained(asset_path(asset), dtype="float32")
     release(model, tmp_path / "1", verify=True, report=lines.append, **options)
     assert "warm-up requests" in lines[0] and "DIFFERS" not in lines[0], lines[0]
-
-
-PROMPTS = [
-    "The capital of France is", "Water boils at", "def fibonacci(n):", "Once upon a time",
-    "The three primary colours are", "In 1969,", "Dear Sir or Madam,", "1, 2, 3, 4,",
-    "The cat sat on the", "Photosynthesis is", "To make bread you need", "import numpy as np",
-    "The largest ocean is", "My favourite book is", "Q: What is 12 times 12?\nA:", "SELECT name FROM",
-    "Shakespeare wrote", "The speed of light is", "Once the war was over,", "Roses are red,",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
