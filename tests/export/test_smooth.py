@@ -7,6 +7,7 @@ from reference.weights import randomize, widen_columns
 from kerasllm import GPT2, GPT2Config, Llama, LlamaConfig
 from kerasllm.export import calibration, smooth
 from kerasllm.export.smooth import smoothed
+from kerasllm.layers import DecoderBlock
 
 RNG = np.random.default_rng(0)
 BATCHES = [RNG.integers(0, 300, (1, 24)).astype("int32") for _ in range(3)]
@@ -80,21 +81,24 @@ def test_wide_columns_become_narrow(name):
 def test_factors_are_those_of_the_paper():
     model = MODELS["Llama"]()
     link = [link for link in smooth._links(model) if link.copies == 3][0]
-    inputs = inputs_of(model, link.matrices)[0]
+    inputs = np.exp(RNG.normal(size=96)).astype("float32")
     weights = np.abs(link.matrices[0].kernel.numpy()).max(1)
-    received = smooth._factors(link, np.abs(inputs).max(0))
+    received = smooth._factors(link, inputs)
     # Three heads of queries read each of the two heads of values.
-    wanted = [
-        np.sqrt(np.abs(inputs[:, group]).max() / weights[group].max())
-        for group in (
-            [48 * head + 16 * copy + column for copy in range(3)]
-            for head in range(2)
-            for column in range(16)
-        )
+    groups = [
+        [48 * head + 16 * copy + column for copy in range(3)] for head in range(2) for column in range(16)
     ]
+    wanted = np.array([np.sqrt(inputs[group].max() / weights[group].max()) for group in groups])
     wanted /= np.exp(np.log(wanted).mean())
     np.testing.assert_array_equal(np.log2(received), np.rint(np.log2(received)))
     assert (np.abs(np.log2(received / wanted)) < 0.501).all()
+
+
+def test_norms_behind_the_sum_stay():
+    """What they give is also the residual stream."""
+    block = DecoderBlock(8, 2, 16, norm_first=False)
+    block.build((None, None, 8))
+    assert [link.source for link in smooth._links(block)] == [block.attention.value]
 
 
 def test_a_column_that_is_never_used_does_no_harm():
