@@ -14,6 +14,7 @@ import numpy as np
 from kerasllm.export.calibration import see_inputs
 from kerasllm.export.litert_worker import BLOCK, block_scales, round_to_integers
 from kerasllm.layers.dense import Dense
+from kerasllm.layers.rounding import weights_restored
 from kerasllm.models import LanguageModel
 
 # Columns that are rounded one by one before the rest learns of it: one large product instead of many small.
@@ -111,16 +112,12 @@ def rounded_weights(
     """
     begin = time.monotonic()
     layers = layers_of_4_bits(model)
-    kernels = [layer.kernel.numpy() for layer in layers]
     grams = gram_matrices(model, layers, batches)
-    try:
-        for layer, kernel in zip(layers, kernels, strict=True):
+    with weights_restored(layer.kernel for layer in layers):
+        for layer in layers:
             # Taken off the list, for what comes now needs the memory.
-            layer.kernel.assign(round_matrix(kernel.T, grams.pop(0)).T)
+            layer.kernel.assign(round_matrix(layer.kernel.numpy().T, grams.pop(0)).T)
         if verbose:
             count, seconds = sum(batch.size for batch in batches), time.monotonic() - begin
             print(f"LiteRT: rounded to 4 bits on {count} tokens in {seconds:.1f} s", flush=True)
         yield
-    finally:
-        for layer, kernel in zip(layers, kernels, strict=True):
-            layer.kernel.assign(kernel)

@@ -17,6 +17,7 @@ from kerasllm.layers import DecoderBlock
 from kerasllm.layers.dense import Dense
 from kerasllm.layers.feed_forward import GatedFeedForward
 from kerasllm.layers.norm import RMSNorm
+from kerasllm.layers.rounding import weights_restored
 from kerasllm.models import LanguageModel
 
 # So many tokens are enough to know which columns are wide: four times as many change nothing.
@@ -116,15 +117,10 @@ def smoothed(model: LanguageModel, batches: Sequence[np.ndarray], verbose: bool 
 
     first = [link.matrices[0] for link in links]  # they all have the same inputs
     see_inputs(model, first, [widen(total) for total in largest], batches)
-    variables = {id(variable): variable for link in links for variable in link.variables}
-    kept = [(variable, variable.numpy()) for variable in variables.values()]
-    try:
+    with weights_restored(variable for link in links for variable in link.variables):
         for link, inputs in zip(links, largest, strict=True):
             link.divide(_factors(link, inputs))
         if verbose:
             count, seconds = sum(batch.size for batch in batches), time.monotonic() - begin
             print(f"LiteRT: activations smoothed on {count} tokens in {seconds:.1f} s", flush=True)
         yield
-    finally:
-        for variable, value in kept:
-            variable.assign(value)

@@ -8,9 +8,10 @@ Integer-Arithmetic-Only Inference" (2018).
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -49,6 +50,17 @@ def weights_rounded_with(rounding: Rounding | None) -> Iterator[None]:
 def weight_rounding() -> Rounding | None:
     """Returns the rounding of the `weights_rounded_with` that is open, or None."""
     return _ROUNDING.get()
+
+
+@contextlib.contextmanager
+def weights_restored(variables: Iterable[keras.Variable]) -> Iterator[None]:
+    """While this is open, variables may change; afterwards they are what they were."""
+    kept = {id(variable): (variable, variable.numpy()) for variable in variables}
+    try:
+        yield
+    finally:
+        for variable, value in kept.values():
+            variable.assign(value)
 
 
 def exact_value(variable):

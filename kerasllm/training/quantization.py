@@ -13,7 +13,14 @@ import keras
 
 from kerasllm.layers import TokenEmbedding
 from kerasllm.layers.dense import Dense
-from kerasllm.layers.rounding import BLOCK, Rounding, exact_value, round_to_4_bits, round_to_8_bits
+from kerasllm.layers.rounding import (
+    BLOCK,
+    Rounding,
+    exact_value,
+    round_to_4_bits,
+    round_to_8_bits,
+    weights_restored,
+)
 from kerasllm.models import LanguageModel
 
 # What `make_rounding` knows.
@@ -87,14 +94,10 @@ def round_weights(model: LanguageModel, rounding: Rounding) -> None:
 def rounded_weights(model: LanguageModel, rounding: Rounding | None) -> Iterator[None]:
     """While this is open, the weights of a model are the rounded ones; with None they stay as they are."""
     variables = [] if rounding is None else [_weights(layer) for layer in _layers(model)]
-    values = [variable.numpy() for variable in variables]
-    try:
+    with weights_restored(variables):
         if rounding is not None:
             round_weights(model, rounding)
         yield
-    finally:
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
 
 
 def _layers(model: LanguageModel) -> list[keras.layers.Layer]:
