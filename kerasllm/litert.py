@@ -7,6 +7,15 @@ from kerasllm_serving.litert import (
     choose_token,
     generate,
     uniform_numbers,
+    weight_cache,
 )
 
-__all__ = ["CachedModel", "Encoder", "Generator", "choose_token", "generate", "uniform_numbers"]
+__all__ = [
+    "CachedModel",
+    "Encoder",
+    "Generator",
+    "choose_token",
+    "generate",
+    "uniform_numbers",
+    "weight_cache",
+]

@@ -5,6 +5,11 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from kerasllm.litert import weight_cache
+
+# Each call then has its own copy of the weights. Without it a file would be written beside the model.
+_NO_CACHE = ":nocache"
+
 
 def _engine(path: str | os.PathLike, num_threads: int | None) -> Any:
     path = pathlib.Path(path)
@@ -18,11 +23,11 @@ def _engine(path: str | os.PathLike, num_threads: int | None) -> Any:
         ) from error
     litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
     backend = litert_lm.Backend.CPU(thread_count=num_threads or os.cpu_count() or 1)
-    try:
-        # Without a cache, which would be a file as large as the weights beside the model.
-        return litert_lm.Engine(str(path), backend=backend, cache_dir=":nocache")
-    except RuntimeError as error:
-        raise ValueError(f"Not a LiteRT-LM model, or a damaged one: {path} ({error})") from error
+    with weight_cache(path.stat().st_size) as folder:
+        try:
+            return litert_lm.Engine(str(path), backend=backend, cache_dir=folder or _NO_CACHE)
+        except RuntimeError as error:
+            raise ValueError(f"Not a LiteRT-LM model, or a damaged one: {path} ({error})") from error
 
 
 def generate(
@@ -97,13 +102,14 @@ def benchmark(
     _engine(path, num_threads).close()
     import litert_lm
 
-    info = litert_lm.Benchmark(
-        str(path),
-        litert_lm.Backend.CPU(thread_count=num_threads),
-        prefill_tokens=prompt_tokens,
-        decode_tokens=new_tokens,
-        cache_dir=":nocache",
-    ).run()
+    with weight_cache(os.path.getsize(path)) as folder:
+        info = litert_lm.Benchmark(
+            str(path),
+            litert_lm.Backend.CPU(thread_count=num_threads),
+            prefill_tokens=prompt_tokens,
+            decode_tokens=new_tokens,
+            cache_dir=folder or _NO_CACHE,
+        ).run()
     return {
         "prefill_tokens_per_second": info.last_prefill_tokens_per_second,
         "decode_tokens_per_second": info.last_decode_tokens_per_second,

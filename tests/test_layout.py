@@ -28,7 +28,7 @@ ALLOWED = {
     },
     "launch": set(),
     "litert": set(),
-    "litertlm": set(),
+    "litertlm": {"litert"},
     "terminal": set(),
     "doctor": set(),
     "quickstart": {"config", "litert", "models", "tasks", "tokenizers"},

@@ -37,8 +37,11 @@ _CALIBRATED = {
 _CONVERTER_MEMORY, _SIGNATURE_MEMORY = 10, 0.45
 # Cache of a model with a longer context: attention reads all of it for each token.
 _LONGEST_CACHE = 2048
-# A conversation is at first much shorter than that.
-SHORT_LENGTHS = (256, 512, 1024)
+# A conversation is at first much shorter than that. Each is at most a half longer than the one before, so
+# that little of what decoding looks at is empty.
+SHORT_LENGTHS = (128, 192, 256, 384, 512, 768, 1024)
+# Reading, which empty columns cost less, has one call for short texts, of so many tokens at least.
+_SHORT_READ = 256
 # TensorFlow operations that TFLite has as builtin ones, of those that graphs of the layers are made of.
 _CONVERTIBLE = frozenset(
     "Add AddV2 ArgMax BatchMatMulV2 BiasAdd BroadcastTo Cast ConcatV2 Const Cos Cumsum Div Einsum "
@@ -142,8 +145,9 @@ def export_litert(
             than 2,048.
         short_lengths: Lengths of a text up to which calls of their own decode it, which look at no more of
             the cache and so are quicker; and for each of `prefill_lengths` one that reads, up to the
-            shortest of these lengths that it fits in. Each call takes a megabyte or two of the file.
-            Lengths not below `cache_length` are left out.
+            shortest of these lengths that it fits in and that is not below 256, if there is one. Each call
+            takes a quarter of a megabyte of the file for 30 layers. Lengths not below `cache_length` are
+            left out.
         quantize: `"int8"`: weights of 8 bits with a scale per row. `"int4"`: weights of 4 bits in blocks
             of 32, token table and head of 8. Both quantise the activations as they come; that can cost
             more than a divergence on prose shows, in chats most. `"int8_weights"`: weights of 8 bits that
@@ -289,8 +293,8 @@ def _shapes(prefill_lengths, cache_length, short_lengths) -> dict[str, tuple[int
     shapes = shapes or {"prefill_1": (1, cache_length)}
     short_lengths = [n for n in sorted(set(short_lengths)) if n < cache_length]
     for length, _ in list(shapes.values()):
-        # For the shortest texts that it fits in: each signature takes megabytes of the file.
-        if columns := next((n for n in short_lengths if n >= length), None):
+        least = max(length, min(_SHORT_READ, short_lengths[-1])) if short_lengths else 0
+        if columns := next((n for n in short_lengths if n >= least), None):
             shapes[f"read_{length}_{columns}"] = length, columns
     shapes |= {f"decode_{n}": (1, n) for n in short_lengths}
     return {**shapes, "decode": (1, cache_length)}

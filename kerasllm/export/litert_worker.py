@@ -169,11 +169,34 @@ def use_block_scales() -> None:
     )
 
 
+def share_scales() -> None:
+    """Makes the quantiser, in this process, write equal scales once and not for each signature."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    pack, last, places = schema.QuantizationParametersT.Pack, None, {}
+
+    def pack_once(parameters, builder):
+        nonlocal last
+        if builder is not last:  # another file
+            last = builder
+            places.clear()
+        numbers = (parameters.min, parameters.max, parameters.scale, parameters.zeroPoint)
+        content = [None if part is None else np.asarray(part).tobytes() for part in numbers]
+        details = None if parameters.details is None else tuple(vars(parameters.details).items())
+        key = (*content, parameters.detailsType, details, parameters.quantizedDimension)
+        if key not in places:
+            places[key] = pack(parameters, builder)
+        return places[key]
+
+    schema.QuantizationParametersT.Pack = pack_once
+
+
 def quantize(path: str, kind: str, rows: int) -> None:
     """Quantises a `.tflite` in its place."""
     from litert_quantizer import quantizer
 
     use_block_scales()
+    share_scales()
     with open(path, "rb") as file:
         heads = score_names(file.read(), rows)
     work = quantizer.Quantizer(path)

@@ -1,9 +1,12 @@
 """Runs an exported `.tflite`, for the server and for `kerasllm.litert`; nothing here is TensorFlow."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -353,20 +356,55 @@ def _load(path: str | os.PathLike, num_threads: int | None) -> Any:
     from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
     from ai_edge_litert.interpreter import Interpreter
 
-    options = Options(
-        hardware_accelerators=HardwareAccelerator.CPU,
-        # Signatures share the weights as the kernels want them; without, each has its own copy. The runtime
-        # keeps them in a file that is in memory only, where the system has such.
-        cpu_options=CpuOptions(
-            num_threads=num_threads or os.cpu_count() or 1,
-            xnnpack_weight_cache_path=":memory:" if hasattr(os, "memfd_create") else "",
-        ),
-    )
+    with weight_cache(os.path.getsize(path)) as folder:
+        if folder is not None:
+            cache = os.path.join(folder, "weights")
+        else:  # in memory; where the system cannot do that either, each signature has weights of its own
+            cache = ":memory:" if hasattr(os, "memfd_create") else ""
+        options = Options(
+            hardware_accelerators=HardwareAccelerator.CPU,
+            cpu_options=CpuOptions(
+                num_threads=num_threads or os.cpu_count() or 1, xnnpack_weight_cache_path=cache
+            ),
+        )
+        try:
+            Interpreter(str(path))  # only this one looks whether a file is whole, the other crashes
+            return CompiledModel.from_file(str(path), options=options)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"Not a LiteRT model, or a damaged one: {path} ({error})") from error
+
+
+@contextlib.contextmanager
+def weight_cache(model_bytes: int) -> Iterator[str | None]:
+    """A folder for the weights as the runtime's kernels want them, in a file that all signatures share.
+
+    It may be deleted once the model is loaded. The system keeps a file's memory in larger pieces than other
+    shared memory, so kernels read it faster, by about a tenth.
+
+    Args:
+        model_bytes: Size of the model.
+
+    Yields:
+        The folder, which is deleted in the end; None: there is no room, and a runtime that finds none while
+        it writes ends the process.
+    """
     try:
-        Interpreter(str(path))  # only this one looks whether a file is whole, the other crashes
-        return CompiledModel.from_file(str(path), options=options)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"Not a LiteRT model, or a damaged one: {path} ({error})") from error
+        folder = tempfile.mkdtemp(prefix="kerasllm-")
+    except OSError:
+        yield None
+        return
+    try:
+        try:
+            with open(os.path.join(folder, "room"), "wb") as file:
+                # Weights of 16 bits become twice as large.
+                os.posix_fallocate(file.fileno(), 0, 5 * model_bytes // 2)
+            os.remove(file.name)
+            has_room = True
+        except (OSError, AttributeError):  # not every system can tell
+            has_room = False
+        yield folder if has_room else None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Text:

@@ -1,11 +1,15 @@
+import errno
 import json
+import os
 import random
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert import compiled_model
 from ai_edge_litert import schema_py_generated as schema
 from kerasllm_serving.litert import Text
 from reference.weights import randomize, widen_columns
@@ -328,6 +332,45 @@ def test_calls_look_at_no_more_of_the_cache_than_they_must(tflite, monkeypatch):
     assert names == ["read_4_24", "read_16_24", "prefill_16", "decode_24", "decode"]
 
 
+def test_the_calls_of_a_long_cache():
+    shapes = litert_export._shapes((8, 512), 2048, litert_export.SHORT_LENGTHS)
+    assert [n for n, columns in shapes.values() if (n, columns) != (1, columns)] == [8, 512, 8, 512]
+    assert shapes["read_8_256"] == (8, 256) and shapes["read_512_512"] == (512, 512)
+    assert [name for name in shapes if name.startswith("decode_")] == [
+        f"decode_{n}" for n in (128, 192, 256, 384, 512, 768, 1024)
+    ]
+    few = litert_export._shapes((8, 512), 600, (24, 128))
+    assert sorted(few) == ["decode", "decode_128", "decode_24", "prefill_512", "prefill_8", "read_8_128"]
+
+
+@pytest.mark.parametrize("missing", ["", "room", "folder", "memory"])
+def test_where_the_weights_lie_changes_nothing(tflite, tmp_path, monkeypatch, missing):
+    """In a file that is gone at once, in memory, or a copy for each call."""
+    wanted = CachedModel(tflite).decode(7, 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none" if missing == "folder" else tmp_path))
+    if missing in ("room", "memory"):
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "no space")
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    if missing == "memory":
+        monkeypatch.delattr(os, "memfd_create")
+    paths, from_file = [], compiled_model.CompiledModel.from_file
+
+    def load(path, options):
+        paths.append(options.cpu_options.xnnpack_weight_cache_path)
+        model = from_file(path, options=options)
+        assert missing or os.path.getsize(paths[0]) > 10_000
+        return model
+
+    monkeypatch.setattr(compiled_model.CompiledModel, "from_file", load)
+    model = CachedModel(tflite)
+    assert list(tmp_path.iterdir()) == []
+    assert paths[0].startswith({"": str(tmp_path), "memory": ""}.get(missing, ":memory:"))
+    np.testing.assert_array_equal(model.decode(7, 0), wanted)
+
+
 def test_lora_is_refused_where_weights_are_fitted(tokenizer, tmp_path):
     config = LlamaConfig(vocabulary_size=400, context_length=8, num_layers=1, num_heads=1, num_kv_heads=1,
                          dim=32, intermediate_dim=32)  # fmt: skip
@@ -371,6 +414,14 @@ def test_int8_of_llama_is_as_good_as_said_or_refused(llama, tmp_path):
     assert {kind for _, _, kind, _ in stored(path)} == {schema.TensorType.INT8}
     table = [entry for entry in stored(path) if entry[1] == 400]
     assert len(table) == 3 and len({buffer for *_, buffer in table}) == 1
+    model, scales = schema.Model.GetRootAs(path.read_bytes()), {}
+    for graph in map(model.Subgraphs, range(model.SubgraphsLength())):
+        for tensor in map(graph.Tensors, range(graph.TensorsLength())):
+            if tensor.Quantization() and tensor.Quantization().ScaleLength():
+                scales.setdefault(tensor.Buffer(), []).append(tensor.Quantization()._tab.Pos)
+    # Both signatures have a tensor for each matrix, but what reads ends with the last keys and values.
+    assert len(scales) == 15 and sum(len(places) > 1 for places in scales.values()) == 10
+    assert all(len(set(places)) == 1 for places in scales.values())
     prompt = PROMPTS[1]
     generator, wanted = Generator(path), llama.generate_tokens(prompt, 5)[0].token_ids
     assert generator.generate_ids(prompt, 1) == wanted[:1]
